@@ -1,0 +1,1 @@
+"""Vectorised MuJoCo tasks, torch tensors in and out."""

@@ -1,0 +1,1 @@
+"""rlctl: train and compare continuous-control reinforcement-learning agents."""
