@@ -1,0 +1,6 @@
+"""Where transitions live: replay ring, rollout, mixtures, datasets. Everything stays on the agent's device."""
+
+from rlctl.data.ring import Mix, Ring
+from rlctl.data.rollout import Rollout
+
+__all__ = ["Mix", "Ring", "Rollout"]

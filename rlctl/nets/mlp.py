@@ -1,0 +1,50 @@
+"""Multi-layer perceptrons and their initialisations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import nn
+
+Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+
+def mlp(
+    in_dim: int,
+    out_dim: int,
+    hidden: Sequence[int],
+    activation: Activation = "relu",
+    *,
+    layer_norm: bool = False,
+    orthogonal: float | None = None,
+) -> nn.Sequential:
+    """`in_dim -> hidden... -> out_dim`, linear last layer.
+
+    `layer_norm` puts a LayerNorm before each activation. Initialisation is PyTorch's default (uniform within
+    1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g` in the last, and
+    biases are zero.
+    """
+    layers: list[nn.Module] = []
+    width = in_dim
+    for h in hidden:
+        layers.append(nn.Linear(width, h))
+        if layer_norm:
+            layers.append(nn.LayerNorm(h))
+        layers.append(ACTIVATIONS[activation]())
+        width = h
+    layers.append(nn.Linear(width, out_dim))
+    net = nn.Sequential(*layers)
+    if orthogonal is not None:
+        linears = [m for m in net if isinstance(m, nn.Linear)]
+        for i, linear in enumerate(linears):
+            nn.init.orthogonal_(linear.weight, orthogonal if i == len(linears) - 1 else 2**0.5)
+            nn.init.zeros_(linear.bias)
+    return net

@@ -1,0 +1,103 @@
+"""Normalisers. They are modules of the agent, so they are saved, resumed, frozen and exported with it.
+
+They move only when `update` (or `fit`) is called, which an agent does at the end of its own update. During a rollout,
+an evaluation and the whole of an update they stand still: that is why the first PPO ratio is 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlctl.ops.returns import discounted_sums
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all rows seen, merged batch by batch (Chan et al. 1979), in float64."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge the rows of `x` [..., *shape]."""
+        rows = x.reshape(-1, *self.mean.shape).double()
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        n = len(rows)
+        total = self.count + n
+        shift = mean - self.mean
+        # until data has come, `var` is the neutral 1 and weighs nothing
+        m2 = self.var * self.count + var * n + shift.square() * self.count * n / total
+        self.mean += shift * (n / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+
+class ObsNorm(RunningMoments):
+    """(obs - mean) / sqrt(var + 1e-8), clipped to +-`clip`; the identity (but for the clip) until the first data."""
+
+    def __init__(self, obs_dim: int, clip: float = 10.0) -> None:
+        super().__init__((obs_dim,))
+        self.clip = clip
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """`[..., O] -> [..., O]`, float32."""
+        scale = (self.var + 1e-8).rsqrt().float()
+        return ((obs - self.mean.float()) * scale).clamp(-self.clip, self.clip)
+
+
+class RewardScale(nn.Module):
+    """Divides rewards by the spread of the running discounted return, clipped to +-`clip`. No mean is subtracted.
+
+    G_t = gamma G_{t-1} + r_t, restarted after each episode; the divisor is std(G) over everything seen so far.
+    """
+
+    carry: Tensor
+
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+        super().__init__()
+        self.gamma, self.clip = gamma, clip
+        self.moments = RunningMoments(())
+        self.register_buffer("carry", torch.zeros(num_envs))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """`[...] -> [...]`."""
+        return (reward * (self.moments.var + 1e-8).rsqrt().float()).clamp(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def update(self, reward: Tensor, boundary: Tensor) -> None:
+        """Take in one rollout: raw rewards and episode ends (terminated or truncated), both `[T, N]`."""
+        sums, carry = discounted_sums(reward, boundary, self.gamma, self.carry)
+        self.carry.copy_(carry)
+        self.moments.update(sums)
+
+
+class FixedNorm(nn.Module):
+    """z-score with the mean and std of a dataset: (obs - mean) / (std + eps). The identity until `fit`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, obs_dim: int, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.full((obs_dim,), 1.0 - eps))
+
+    @torch.no_grad()
+    def fit(self, obs: Tensor) -> None:
+        """Take mean and (population) std from `obs` [B, O]."""
+        std, mean = torch.std_mean(obs.double(), 0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """`[..., O] -> [..., O]`."""
+        return (obs - self.mean) / (self.std + self.eps)

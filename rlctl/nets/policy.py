@@ -1,0 +1,86 @@
+"""Policies: modules that turn observations into actions or action distributions, and say what they can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rlctl.nets.distributions import Normal, TanhNormal
+from rlctl.nets.mlp import Activation, mlp
+
+
+class Policy(nn.Module):
+    """Base of all policies. `can` names its capabilities:
+
+    sample: stochastic draws; reparam: draws differentiable in the parameters; log_prob: exact density of a given
+    action; entropy, kl: in closed form; mode: a deterministic action; chain_log_prob, matching_loss, decode: of
+    generative policies.
+    """
+
+    can: ClassVar[frozenset[str]] = frozenset()
+
+
+def require(policy: Policy, *capabilities: str, by: str) -> None:
+    """Raise TypeError at construction, naming what `policy` lacks of what the agent `by` needs."""
+    missing = [c for c in capabilities if c not in policy.can]
+    if missing:
+        raise TypeError(
+            f"{by} needs a policy with {', '.join(missing)}; {type(policy).__name__} offers "
+            f"{', '.join(sorted(policy.can)) or 'nothing'}"
+        )
+
+
+class GaussianPolicy(Policy):
+    """Diagonal Gaussian with an MLP mean and one free log-std per action dimension (not squashed, not bounded)."""
+
+    can = frozenset({"sample", "reparam", "log_prob", "entropy", "kl", "mode"})
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        activation: Activation = "tanh",
+        *,
+        log_std: float = 0.0,
+        orthogonal: float | None = 0.01,
+    ) -> None:
+        super().__init__()
+        self.mean = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
+        self.log_std = nn.Parameter(torch.full((act_dim,), log_std))
+
+    def forward(self, obs: Tensor) -> Normal:
+        """The distribution at `obs` [..., O]."""
+        return Normal(self.mean(obs), self.log_std)
+
+
+class TanhGaussianPolicy(Policy):
+    """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to [-20, 2]."""
+
+    can = frozenset({"sample", "reparam", "log_prob", "kl", "mode"})
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], activation: Activation = "relu") -> None:
+        super().__init__()
+        self.net = mlp(obs_dim, 2 * act_dim, hidden, activation)
+
+    def forward(self, obs: Tensor) -> TanhNormal:
+        """The distribution at `obs` [..., O]."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return TanhNormal(mean, log_std.clamp(-20.0, 2.0))
+
+
+class DeterministicPolicy(Policy):
+    """a = tanh(MLP(s))."""
+
+    can = frozenset({"mode"})
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], activation: Activation = "relu") -> None:
+        super().__init__()
+        self.net = mlp(obs_dim, act_dim, hidden, activation)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Actions [..., A] in (-1, 1)."""
+        return self.net(obs).tanh()

@@ -1,0 +1,25 @@
+"""One seed, many independent named random streams.
+
+`derive(seed, "env")`, `derive(seed, "action")` ... are independent integers; the same pair always gives the same one.
+A name decides the stream, not the order of the calls, so adding a consumer never shifts the others.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, name: str) -> int:
+    """A 63-bit seed for the stream `name` of the run seeded with `seed` (>= 0)."""
+    if seed < 0:
+        raise ValueError(f"a seed is a non-negative integer, got {seed}")
+    state = np.random.SeedSequence(entropy=seed, spawn_key=(zlib.crc32(name.encode()),)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator on `device` for the stream `name`."""
+    return torch.Generator(device=device).manual_seed(derive(seed, name))

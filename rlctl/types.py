@@ -1,0 +1,157 @@
+"""The vocabulary every module shares: `Spec`, `Batch`, `Agent`.
+
+Shapes: `B` is a batch of transitions, `[T, N]` a rollout of `T` steps in `N` worlds, `O` and `A` the observation and
+action dimensions. A scalar per sample is always `[B]`, never `[B, 1]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlctl.seeding import generator
+
+if TYPE_CHECKING:
+    from rlctl.train import Job
+
+Regime = Literal["on_policy", "off_policy", "offline"]
+Metrics = dict[str, Tensor]
+"""Name to 0-dim tensor, on the agent's device. Names are TensorBoard tags, e.g. `losses/critic`."""
+
+
+class Spec(NamedTuple):
+    """All that an agent may know of its task at construction."""
+
+    obs_dim: int
+    act_dim: int
+    num_envs: int = 1
+    device: torch.device = torch.device("cpu")
+    episode_len: int = 1000
+    """Steps after which the task truncates an episode."""
+    seed: int = 0
+    """Root of the agent's named random generators."""
+
+
+class Batch(NamedTuple):
+    """Transitions. Leading dimensions are `[B]` (replay, dataset) or `[T, N]` (rollout)."""
+
+    obs: Tensor
+    """[..., O] as the environment gave it, never normalised."""
+    action: Tensor
+    """[..., A] exactly as the policy's distribution produced it, before any clipping."""
+    reward: Tensor
+    """[...] as the environment gave it, never scaled."""
+    next_obs: Tensor
+    """[..., O] the true successor, also where the episode ended: never a reset observation."""
+    terminated: Tensor
+    """[...] bool: the task ended, the value of `next_obs` is zero."""
+    truncated: Tensor
+    """[...] bool: the episode was cut (time limit), the value of `next_obs` is not zero."""
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - shared empty default, never mutated
+    """What the agent's `act` returned beside the action, or what a dataset carries, by name."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply `fn` to every tensor, those of `extra` included."""
+        return Batch(*[fn(x) for x in self[:6]], extra={k: fn(x) for k, x in self.extra.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name; those of `extra` as `extra.NAME`."""
+        named: dict[str, Tensor] = dict(zip(self._fields[:6], self[:6], strict=True))
+        return named | {f"extra.{k}": x for k, x in self.extra.items()}
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor]) -> Batch:
+        """Undo `tensors`."""
+        extra = {k.removeprefix("extra."): x for k, x in named.items() if k.startswith("extra.")}
+        return cls(*[named[k] for k in cls._fields[:6]], extra=extra)
+
+
+class Buffer(Protocol):
+    """What a loop needs of a place that transitions go to and come from."""
+
+    def add(self, batch: Batch) -> None:
+        """Store one vector step, `[N, ...]`."""
+
+    def sample(self, n: int) -> Batch:
+        """`n` transitions, uniformly with replacement, `[n, ...]`."""
+
+    def __len__(self) -> int:
+        """Transitions held."""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What every agent's config has: the length of the run. The one home of defaults is the agent's own subclass."""
+
+    steps: int = 1_000_000
+    """Length of the run: environment steps, or gradient steps of an offline learner."""
+
+
+class Agent(nn.Module):
+    """An algorithm: `init`, `act`, `update`; its state is held in place.
+
+    A subclass sets `regime` and `Config`, builds its networks and optimisers (attributes; both are found and
+    checkpointed by themselves) in `__init__`, and implements `act` and `update`. Nothing in `update` may read a tensor
+    on the host: no `.item()`, no `bool(tensor)`, no numpy.
+    """
+
+    regime: ClassVar[Regime]
+    Config: ClassVar[type[Any]]
+    schedule: ClassVar[Callable[[Job], None] | None] = None
+    """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""
+
+    def __init__(self, spec: Spec, cfg: Any = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.cfg = self.Config() if cfg is None else cfg
+        self.rng: dict[str, torch.Generator] = {
+            name: generator(spec.seed, name, spec.device) for name in ("action", "sample")
+        }
+        """`action` feeds `act`, `sample` feeds `update`; both are part of a checkpoint."""
+        self.counters: dict[str, int] = {"updates": 0}
+        """Python counters that steer an update (delays, schedules); part of a checkpoint."""
+
+    def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Actions for `obs` [N, O]: (action [N, A] in the units of [-1, 1], extra to store beside the transition).
+
+        `explore=True` draws from the behaviour policy, `False` gives the deterministic action.
+        """
+        raise NotImplementedError
+
+    def update(self, batch: Batch) -> Metrics:
+        """One update from a batch: `[T, N]` for an on-policy agent, else `[B]`."""
+        raise NotImplementedError
+
+    def prepare(self, data: Any) -> None:
+        """Look at the whole dataset once before offline training (statistics, an index). Default: nothing."""
+
+    @torch.no_grad()
+    def predict(
+        self, observation: np.ndarray, state: None = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, None]:
+        """Numpy in, numpy out, one observation [O] or several [N, O]; actions are clipped to [-1, 1].
+
+        The signature is Stable-Baselines3's, so that scripts written for it can drive this agent.
+        """
+        obs = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=self.spec.device)
+        action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
+        return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Every optimiser held as an attribute, by attribute name."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, torch.optim.Optimizer)}
+
+    @contextlib.contextmanager
+    def borrowed_rng(self, seed: int) -> Iterator[None]:
+        """Within the block the agent draws from fresh generators, so that an evaluation leaves training untouched."""
+        kept, self.rng = self.rng, {name: generator(seed, name, self.spec.device) for name in self.rng}
+        try:
+            yield
+        finally:
+            self.rng = kept
