@@ -1,1 +1,26 @@
-"""Vectorised MuJoCo tasks, torch tensors in and out."""
+"""Vectorised MuJoCo tasks, probe environments and a Gymnasium adapter: torch tensors in and out.
+
+`make("Hopper", num_envs=64)` is the way in; `VecEnv` documents the contract every environment keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlctl_envs.registry import UnknownTask, make, register_with_gymnasium, task_table
+
+if TYPE_CHECKING:
+    from rlctl_envs.vector import MujocoVecEnv, VecEnv
+
+__all__ = ["MujocoVecEnv", "UnknownTask", "VecEnv", "make", "task_table"]
+
+register_with_gymnasium()
+
+
+def __getattr__(name: str) -> Any:
+    # The classes load MuJoCo; a listing of the tasks should not have to.
+    if name in ("VecEnv", "MujocoVecEnv"):
+        from rlctl_envs import vector  # noqa: PLC0415
+
+        return getattr(vector, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,172 @@
+"""Names: from "Hopper", "probe:constant" or "Pendulum-v1" to an environment."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import torch
+
+from rlctl_envs.tasks import TASKS, build_task
+
+if TYPE_CHECKING:
+    from rlctl_envs.engines import Backend, Physics
+    from rlctl_envs.vector import VecEnv
+
+ENTRY_POINT_GROUP = "rlctl.envs"
+"""A package adds an environment by an entry point of this group: name -> factory(num_envs, **kwargs) -> VecEnv."""
+
+PROBE_PREFIX = "probe:"
+_VERSION = "-v5"
+
+
+class UnknownTask(ValueError):
+    """No environment of that name; the message is one line and names the nearest."""
+
+
+def make(
+    name: str,
+    num_envs: int = 1,
+    *,
+    seed: int | None = None,
+    device: str | torch.device = "cpu",
+    backend: Backend = "auto",
+    threads: int | None = None,
+    physics: Physics = "published",
+    dtype: torch.dtype = torch.float32,
+    **task_kwargs: Any,
+) -> VecEnv:
+    """Make N copies of an environment by name.
+
+    Args:
+        name: a MuJoCo task ("Hopper", "Hopper-v5"; case does not matter), "probe:NAME", a name added by an installed
+            package, or any other Gymnasium id with Box observations and actions ("Pendulum-v1").
+        num_envs: number of copies, N.
+        seed: of the environments' random stream.
+        device: where the returned tensors live.
+        backend: "auto", "batch" or "pool"; MuJoCo tasks only, ignored by the others, as are the next two.
+        threads: simulation threads; by default the cores available, at most N.
+        physics: "published" restores the contact margins of published results on MuJoCo >= 3.5, "native" is what the
+            installed Gymnasium computes.
+        dtype: of observations and rewards: torch.float32 or torch.float64.
+        **task_kwargs: settings of the task, such as `ctrl_cost_weight` or `episode_len`; for a Gymnasium id, its own
+            keywords and `workers`.
+
+    Raises:
+        UnknownTask: no such name. ValueError: a setting or value that is not known.
+    """
+    common: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
+    task_name = _mujoco_name(name)
+    if task_name is not None:
+        from rlctl_envs.vector import MujocoVecEnv  # noqa: PLC0415  (loads MuJoCo)
+
+        episode_len = task_kwargs.pop("episode_len", None)
+        return MujocoVecEnv(
+            build_task(TASKS[task_name], task_kwargs),
+            num_envs,
+            backend=backend,
+            threads=threads,
+            physics=physics,
+            episode_len=episode_len,
+            **common,
+        )
+    if name.lower().startswith(PROBE_PREFIX):
+        from rlctl_envs.probes import make_probe  # noqa: PLC0415
+
+        return make_probe(name[len(PROBE_PREFIX) :].lower(), num_envs, **common, **task_kwargs)
+    plugin = _plugins().get(name)
+    if plugin is not None:
+        factory: Callable[..., VecEnv] = plugin.load()
+        return factory(num_envs, **common, **task_kwargs)
+    gymnasium_id = _gymnasium_id(name)
+    if gymnasium_id is not None:
+        from rlctl_envs.adapters.gymnasium import GymnasiumVecEnv  # noqa: PLC0415
+
+        return GymnasiumVecEnv(gymnasium_id, num_envs, **common, **task_kwargs)
+    raise UnknownTask(_unknown(name))
+
+
+def task_table() -> list[dict[str, Any]]:
+    """One row per environment of this package and its plug-ins, for listings; loads no simulator.
+
+    Keys: name, id, obs_dim, act_dim, episode_len, engine, summary; sizes are None where only construction tells.
+    """
+    from rlctl_envs.probes import PROBES  # noqa: PLC0415
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "id": name + _VERSION,
+            "obs_dim": task.obs_dim,
+            "act_dim": task.act_dim,
+            "episode_len": task.episode_len,
+            "engine": "mujoco",
+            "summary": task.summary,
+        }
+        for name, task in TASKS.items()
+    ]
+    rows += [
+        {
+            "name": PROBE_PREFIX + name,
+            "id": PROBE_PREFIX + name,
+            "obs_dim": probe.probe_obs_dim,
+            "act_dim": 1,
+            "episode_len": probe.default_episode_len,
+            "engine": "torch",
+            "summary": probe.summary,
+        }
+        for name, probe in PROBES.items()
+    ]
+    rows += [
+        {
+            "name": name,
+            "id": name,
+            "obs_dim": None,
+            "act_dim": None,
+            "episode_len": None,
+            "engine": "plug-in",
+            "summary": f"added by {point.value}",
+        }
+        for name, point in _plugins().items()
+    ]
+    return rows
+
+
+def register_with_gymnasium() -> None:
+    """Register "rlctl/Hopper-v5" and the rest, for `gymnasium.make_vec("rlctl_envs:rlctl/Hopper-v5", num_envs=4)`."""
+    for name in TASKS:
+        env_id = f"rlctl/{name}{_VERSION}"
+        if env_id not in gymnasium.registry:
+            gymnasium.register(id=env_id, vector_entry_point=functools.partial(make, name))
+
+
+def _mujoco_name(name: str) -> str | None:
+    """Resolve "hopper" or "Hopper-v5" to "Hopper", or None."""
+    wanted = name.lower().removesuffix(_VERSION)
+    return next((known for known in TASKS if known.lower() == wanted), None)
+
+
+@functools.cache
+def _plugins() -> dict[str, EntryPoint]:
+    """Entry points of installed packages, by name."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _gymnasium_id(name: str) -> str | None:
+    """Resolve a Gymnasium id, whatever its case, or None. "module:Id" imports the module, as Gymnasium does."""
+    if ":" in name or name in gymnasium.registry:
+        return name
+    return next((known for known in gymnasium.registry if known.lower() == name.lower()), None)
+
+
+def _unknown(name: str) -> str:
+    """Word the error for an unknown name."""
+    own = [*TASKS, *(row["name"] for row in task_table() if row["name"] not in TASKS)]
+    spellings = {known.lower(): known for known in [*gymnasium.registry, *own]}
+    near = difflib.get_close_matches(name.lower(), spellings, n=1)
+    hint = f"did you mean {spellings[near[0]]!r}? " if near else ""
+    return f"unknown environment {name!r}: {hint}list them with `rlctl envs`"

@@ -1,0 +1,148 @@
+"""What a simulated task is: a model, a start distribution, and pure functions of the simulator's state."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from rlctl_envs.tasks.arrays import Array, ArrayOps
+
+
+@dataclass(slots=True)
+class SimState:
+    """Live arrays over N simulations, as an engine exposes them; the first axis is always N.
+
+    `state` is qpos and qvel side by side, [N, nq + nv]. Derived fields describe the instant before the last physics
+    substep (as `mj_step` leaves them) and are None unless the task lists them in `derived`.
+    """
+
+    qpos: Array
+    qvel: Array
+    state: Array
+    ctrl: Array
+    xpos: Array = None
+    xipos: Array = None
+    site_xpos: Array = None
+    cinert: Array = None
+    cvel: Array = None
+    cfrc_ext: Array = None
+    qfrc_actuator: Array = None
+    qfrc_constraint: Array = None
+
+    def rows(self, ids: Array) -> SimState:
+        """Copy the simulations `ids` (integer array [K]) into a state of their own."""
+        return SimState(*(None if x is None else x[ids] for x in (getattr(self, f.name) for f in fields(self))))
+
+
+class Draws(Protocol):
+    """The random draws a start distribution uses (numpy's `Generator` has them; other engines bring their own)."""
+
+    def uniform(self, low: float, high: float, size: tuple[int, ...]) -> Array:
+        """Draw uniformly from [low, high)."""
+
+    def standard_normal(self, size: tuple[int, ...]) -> Array:
+        """Draw from the standard normal distribution."""
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Base of every simulated task.
+
+    Class variables describe the task and cost nothing to read; dataclass fields are what a user may set by keyword.
+    `bind` is called once with the compiled model, before anything else. The methods below it are pure functions of
+    `SimState` arrays and work on numpy and torch alike. Arrays a task keeps (named in `constants`) are numpy after
+    `bind`; an engine on another device replaces them by its own.
+    """
+
+    xml: ClassVar[str]
+    """File name among Gymnasium's MuJoCo assets."""
+    frame_skip: ClassVar[int]
+    """Physics steps per environment step."""
+    episode_len: ClassVar[int] = 1000
+    """Environment steps until an episode is truncated."""
+    obs_dim: ClassVar[int]
+    """Observation size with default settings; `observation_size` gives it for the settings in force."""
+    act_dim: ClassVar[int]
+    summary: ClassVar[str]
+    """One line for listings."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """`SimState` fields read besides qpos, qvel and ctrl."""
+    contact_forces: ClassVar[bool] = False
+    """Whether `cfrc_ext` is read, which the simulator computes only on request."""
+    islands: ClassVar[bool] = False
+    """Keep the solver's constraint islands. Off is faster and bit-identical, for every task but Pusher."""
+    constants: ClassVar[tuple[str, ...]] = ()
+
+    dt: float = field(init=False, default=0.0)
+    """Seconds of simulated time per environment step; set by `bind`."""
+
+    @property
+    def terminates(self) -> bool:
+        """Whether an episode can end before the time limit."""
+        return False
+
+    def bind(self, model: Any) -> None:
+        """Read what the task needs from the compiled `mujoco.MjModel`."""
+        self.dt = float(model.opt.timestep) * self.frame_skip
+
+    def observation_size(self) -> int:
+        """Length of one observation with the settings in force."""
+        return self.obs_dim
+
+    def sample_start(self, xp: ArrayOps, draws: Draws, n: int, qpos0: Array, qvel0: Array) -> tuple[Array, Array]:
+        """Draw n initial states [n, nq], [n, nv] around the model's own (qpos0 [nq], qvel0 [nv])."""
+        raise NotImplementedError
+
+    def write_obs(self, xp: ArrayOps, s: SimState, out: Array) -> None:
+        """Write observations into `out` [N, O]; assignment casts to its dtype, once."""
+        raise NotImplementedError
+
+    def progress(self, xp: ArrayOps, s: SimState) -> Array | None:
+        """Position [N] in metres whose change over a step is rewarded, in memory of its own; None where none is."""
+        return None
+
+    def healthy(self, xp: ArrayOps, s: SimState) -> Array | None:
+        """Boolean [N], or None for a task that never terminates."""
+        return None
+
+    def reward(
+        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array | None
+    ) -> Array:
+        """Reward [N] of one step.
+
+        `action` [N, A] is in the simulator's units (clipped and rescaled) and keeps the caller's float type, in which
+        Gymnasium computes its control cost; `before` and `after` are `progress` around the step.
+        """
+        raise NotImplementedError
+
+
+def build_task(cls: type[Task], kwargs: dict[str, Any]) -> Task:
+    """Make a task from user keywords; an unknown one is an error that names the nearest."""
+    allowed = [f.name for f in fields(cls) if f.init]
+    for key in kwargs:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{cls.__name__} has no setting {key!r}{hint} It takes: {', '.join(allowed) or 'none'}.")
+    return cls(**kwargs)
+
+
+def open_box(size: int, **bounds: tuple[int, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds [size], infinite except for the named (index, low, high)."""
+    low, high = np.full(size, -np.inf), np.full(size, np.inf)
+    for index, lo, hi in bounds.values():
+        low[index], high[index] = lo, hi
+    return low, high
+
+
+def closed(low: float, high: float) -> tuple[float, float]:
+    """Bounds for a strict comparison that accept exactly the closed interval [low, high] in float64."""
+    return float(np.nextafter(low, -np.inf)), float(np.nextafter(high, np.inf))
+
+
+def inside(xp: ArrayOps, x: Array, low: Array, high: Array) -> Array:
+    """Whether low < x < high in every column: boolean [N]. NaN and, with infinite bounds, infinity are outside."""
+    return xp.all((x > low) & (x < high))
