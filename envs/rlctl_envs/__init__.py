@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlctl_envs.registry import UnknownTask, make, register_with_gymnasium, task_table
+from rlctl_envs.registry import UnknownTask, canonical, make, register_with_gymnasium, task_table
 
 if TYPE_CHECKING:
     from rlctl_envs.vector import MujocoVecEnv, VecEnv
 
-__all__ = ["MujocoVecEnv", "UnknownTask", "VecEnv", "make", "task_table"]
+__all__ = ["MujocoVecEnv", "UnknownTask", "VecEnv", "canonical", "make", "task_table"]
 
 register_with_gymnasium()
 
@@ -20,7 +20,7 @@ register_with_gymnasium()
 def __getattr__(name: str) -> Any:
     # The classes load MuJoCo; a listing of the tasks should not have to.
     if name in ("VecEnv", "MujocoVecEnv"):
-        from rlctl_envs import vector  # noqa: PLC0415
+        from rlctl_envs import vector
 
         return getattr(vector, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,8 @@ class ProbeEnv(VecEnv):
 
     can_checkpoint: bool = True
     probe_obs_dim: ClassVar[int] = 1
-    default_episode_len: ClassVar[int] = 1
+    default_episode_len: ClassVar[int] = 2
+    """One more than the step that terminates, so that the time limit plays no part."""
     summary: ClassVar[str]
     name: ClassVar[str]
 
@@ -84,9 +85,7 @@ class ProbeEnv(VecEnv):
         """The observation [N, O] the next action answers."""
         return self._require_obs().to(self.device)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start every episode anew; see `VecEnv.reset`."""
         self._check_open()
         self._check_options(options)
@@ -145,7 +144,7 @@ class ProbeEnv(VecEnv):
 
     def _signs(self, n: int) -> NDArray[np.float64]:
         """Draw -1 or 1, [n, 1]."""
-        return self.np_random.integers(0, 2, (n, 1)) * 2.0 - 1.0
+        return self.np_random.integers(0, 2, (n, 1)).astype(np.float64) * 2.0 - 1.0
 
     def _idle(self, obs: Tensor) -> Tensor:
         """Zero actions [N, A], for probes in which no action matters."""
@@ -203,7 +202,7 @@ class DelayedReward(ProbeEnv):
 
     name = "delayed"
     summary = "two steps, reward 1 at the second: value gamma, then 1"
-    default_episode_len = 2
+    default_episode_len = 3
 
     def first_obs(self, n: int) -> NDArray[np.float64]:
         """Zeros."""
@@ -255,7 +254,7 @@ class ActionReward(ProbeEnv):
 
 
 class ActionObservationReward(ActionReward):
-    """One step, observation -1 or 1, reward 1 - mean((a - 0.5 s)^2). Best action 0.5 s, V = 1: the actor reads its input."""
+    """One step, observation -1 or 1, reward 1 - mean((a - s / 2)^2). V = 1: the actor reads its input."""
 
     name = "both"
     summary = "one step, reward 1 - (action - obs / 2)^2: best action obs / 2, value 1"
@@ -310,7 +309,7 @@ PROBES: dict[str, type[ProbeEnv]] = {
 def make_probe(name: str, num_envs: int = 1, **kwargs: Any) -> ProbeEnv:
     """Make the probe called `name`; see `ProbeEnv` for the keywords. Raises UnknownTask."""
     if name not in PROBES:
-        from rlctl_envs.registry import UnknownTask  # noqa: PLC0415
+        from rlctl_envs.registry import UnknownTask
 
         near = difflib.get_close_matches(name, PROBES, n=1)
         hint = f"did you mean 'probe:{near[0]}'? " if near else ""

@@ -62,7 +62,7 @@ def make(
     common: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
     task_name = _mujoco_name(name)
     if task_name is not None:
-        from rlctl_envs.vector import MujocoVecEnv  # noqa: PLC0415  (loads MuJoCo)
+        from rlctl_envs.vector import MujocoVecEnv
 
         episode_len = task_kwargs.pop("episode_len", None)
         return MujocoVecEnv(
@@ -75,7 +75,7 @@ def make(
             **common,
         )
     if name.lower().startswith(PROBE_PREFIX):
-        from rlctl_envs.probes import make_probe  # noqa: PLC0415
+        from rlctl_envs.probes import make_probe
 
         return make_probe(name[len(PROBE_PREFIX) :].lower(), num_envs, **common, **task_kwargs)
     plugin = _plugins().get(name)
@@ -84,9 +84,26 @@ def make(
         return factory(num_envs, **common, **task_kwargs)
     gymnasium_id = _gymnasium_id(name)
     if gymnasium_id is not None:
-        from rlctl_envs.adapters.gymnasium import GymnasiumVecEnv  # noqa: PLC0415
+        from rlctl_envs.adapters.gymnasium import GymnasiumVecEnv
 
         return GymnasiumVecEnv(gymnasium_id, num_envs, **common, **task_kwargs)
+    raise UnknownTask(_unknown(name))
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a name that `make` accepts: "hopper" is "Hopper-v5"; UnknownTask if there is none."""
+    task_name = _mujoco_name(name)
+    if task_name is not None:
+        return task_name + _VERSION
+    if name.lower().startswith(PROBE_PREFIX):
+        from rlctl_envs.probes import PROBES
+
+        if name.lower().removeprefix(PROBE_PREFIX) in PROBES:
+            return name.lower()
+    elif name in _plugins():
+        return name
+    elif (gymnasium_id := _gymnasium_id(name)) is not None:
+        return gymnasium_id
     raise UnknownTask(_unknown(name))
 
 
@@ -95,7 +112,7 @@ def task_table() -> list[dict[str, Any]]:
 
     Keys: name, id, obs_dim, act_dim, episode_len, engine, summary; sizes are None where only construction tells.
     """
-    from rlctl_envs.probes import PROBES  # noqa: PLC0415
+    from rlctl_envs.probes import PROBES
 
     rows: list[dict[str, Any]] = [
         {

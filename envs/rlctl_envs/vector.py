@@ -24,7 +24,10 @@ _log = logging.getLogger(__name__)
 StepResult: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
 EnvState: TypeAlias = dict[str, NDArray[Any]]
 
-_NUMPY_DTYPE = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+_NUMPY_DTYPE: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 
 
 class VecEnv(VectorEnv[Tensor, Any, Tensor]):
@@ -56,6 +59,7 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     episode_len: int
     """Steps after which an episode is truncated."""
     can_checkpoint: bool = False
+    _np_dtype: np.dtype[Any]
     num_diverged: int = 0
     """Simulations that ran away and were ended, since construction."""
 
@@ -84,9 +88,7 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
         """The observation [N, O] the next action answers: of the last reset, step or set_state."""
 
     @abstractmethod
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start every environment anew and return the observations [N, O].
 
         With a seed the random stream restarts there; without one it goes on. `options` must be empty.
@@ -152,7 +154,7 @@ class ActionScale:
             self._middle.astype(dtype),
         )
 
-    def __call__(self, action: Tensor | NDArray[Any]) -> NDArray[Any]:
+    def __call__(self, action: Any) -> NDArray[Any]:
         """Return actions [N, A] in simulator units, valid until the next call. Raises ValueError."""
         if isinstance(action, Tensor):
             action = action.detach().cpu().numpy()
@@ -282,9 +284,7 @@ class MujocoVecEnv(VecEnv):
         """The observation [N, O] the next action answers."""
         return self._tensor(self._require_obs())
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start every environment anew; see `VecEnv.reset`."""
         self._check_open()
         self._check_options(options)

@@ -106,6 +106,6 @@ def margins_add() -> bool:
 
 def assets() -> Path:
     """Folder of Gymnasium's MuJoCo models."""
-    import gymnasium.envs.mujoco  # noqa: PLC0415
+    import gymnasium.envs.mujoco
 
     return Path(str(gymnasium.envs.mujoco.__file__)).parent / "assets"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,13 +40,12 @@ class PoolEngine:
         outputs = {"qpos": self.sim.qpos, "qvel": self.sim.qvel, **self._derived}
         # Views looked up once: an attribute of MjData costs as much as copying it.
         self._copies = [
-            [(x[i], getattr(data, name)) for name, x in outputs.items()]
-            + [(self._warnings[i], data.warning.number)]
+            [(x[i], getattr(data, name)) for name, x in outputs.items()] + [(self._warnings[i], data.warning.number)]
             for i, data in enumerate(self._data)
         ]
         self._controls = [data.ctrl for data in self._data]
         edges = np.linspace(0, num_envs, self.threads + 1).astype(int)
-        self._shares = [range(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        self._shares = [range(low, high) for low, high in itertools.pairwise(edges)]
         self._executor = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
         for i in range(num_envs):
             self._copy_out(i)

@@ -6,6 +6,7 @@ A task is written against `ArrayOps` only, so that the same observation, reward 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -27,13 +28,16 @@ class ArrayOps(Protocol):
     def all(self, x: Array) -> Array:
         """Logical and over the last axis."""
 
-    def sin(self, x: Array) -> Array:
+    @property
+    def sin(self) -> Callable[[Array], Array]:
         """Sine, radians."""
 
-    def cos(self, x: Array) -> Array:
+    @property
+    def cos(self) -> Callable[[Array], Array]:
         """Cosine, radians."""
 
-    def sqrt(self, x: Array) -> Array:
+    @property
+    def sqrt(self) -> Callable[[Array], Array]:
         """Square root."""
 
     def arange(self, n: int) -> Array:
@@ -46,10 +50,9 @@ class ArrayOps(Protocol):
 class NumpyOps:
     """`ArrayOps` on numpy; bare ufuncs, because at one environment numpy's wrappers cost as much as the work."""
 
-    sin = staticmethod(np.sin)
-    cos = staticmethod(np.cos)
-    sqrt = staticmethod(np.sqrt)
-    arange = staticmethod(np.arange)
+    sin: Callable[[Array], Array] = staticmethod(np.sin)
+    cos: Callable[[Array], Array] = staticmethod(np.cos)
+    sqrt: Callable[[Array], Array] = staticmethod(np.sqrt)
 
     def clip(self, x: Array, low: float, high: float) -> Array:
         """Bound every element to [low, high]."""
@@ -64,6 +67,10 @@ class NumpyOps:
         """Logical and over the last axis."""
         return np.logical_and.reduce(x, axis=-1)
 
+    def arange(self, n: int) -> Array:
+        """0, 1, ..., n - 1."""
+        return np.arange(n)
+
     def copy(self, x: Array) -> Array:
         """Return a copy that owns its memory."""
         return x.copy()
@@ -72,10 +79,9 @@ class NumpyOps:
 class TorchOps:
     """`ArrayOps` on torch."""
 
-    sin = staticmethod(torch.sin)
-    cos = staticmethod(torch.cos)
-    sqrt = staticmethod(torch.sqrt)
-    arange = staticmethod(torch.arange)
+    sin: Callable[[Array], Array] = staticmethod(torch.sin)
+    cos: Callable[[Array], Array] = staticmethod(torch.cos)
+    sqrt: Callable[[Array], Array] = staticmethod(torch.sqrt)
 
     def clip(self, x: Array, low: float, high: float) -> Array:
         """Bound every element to [low, high]."""
@@ -88,6 +94,10 @@ class TorchOps:
     def all(self, x: Array) -> Array:
         """Logical and over the last axis."""
         return x.all(-1)
+
+    def arange(self, n: int) -> Array:
+        """0, 1, ..., n - 1."""
+        return torch.arange(n)
 
     def copy(self, x: Array) -> Array:
         """Return a copy that owns its memory."""

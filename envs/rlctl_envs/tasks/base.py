@@ -100,21 +100,20 @@ class Task:
         """Write observations into `out` [N, O]; assignment casts to its dtype, once."""
         raise NotImplementedError
 
-    def progress(self, xp: ArrayOps, s: SimState) -> Array | None:
-        """Position [N] in metres whose change over a step is rewarded, in memory of its own; None where none is."""
+    def progress(self, xp: ArrayOps, s: SimState) -> Array:
+        """Position [N] in metres whose change over a step is rewarded, in memory of its own; None if none is."""
         return None
 
-    def healthy(self, xp: ArrayOps, s: SimState) -> Array | None:
+    def healthy(self, xp: ArrayOps, s: SimState) -> Array:
         """Boolean [N], or None for a task that never terminates."""
         return None
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Reward [N] of one step.
 
         `action` [N, A] is in the simulator's units (clipped and rescaled) and keeps the caller's float type, in which
-        Gymnasium computes its control cost; `before` and `after` are `progress` around the step.
+        Gymnasium computes its control cost; `before` and `after` are `progress` around the step. These and `healthy`
+        are None where the task has none.
         """
         raise NotImplementedError
 

@@ -76,9 +76,7 @@ class _Runner(Task):
         """Root x, metres."""
         return xp.copy(s.qpos[:, 0])
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Forward velocity less the control cost."""
         reward = (after - before) * (self.forward_reward_weight / self.dt)
         reward -= self.ctrl_cost_weight * xp.sum(action * action)
@@ -154,9 +152,7 @@ class _Walker(_Runner):
         """Whether the state lies in the healthy box."""
         return inside(xp, s.state, self._low, self._high)
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Forward velocity, plus the healthy reward, less the control cost."""
         reward = (after - before) * (self.forward_reward_weight / self.dt)
         reward += healthy * self.healthy_reward
@@ -278,9 +274,7 @@ class Ant(_Walker):
         """Torso x as left by the last substep, metres."""
         return xp.copy(s.xpos[:, self.main_body, 0])
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Forward velocity, plus the healthy reward, less control and contact costs."""
         reward = super().reward(xp, s, action, before, after, healthy)
         forces = self._clipped_forces(xp, s)
@@ -389,9 +383,7 @@ class Humanoid(_HumanoidBody):
         z = s.qpos[:, 2]
         return (z > self.healthy_z_range[0]) & (z < self.healthy_z_range[1])
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Forward velocity, plus the healthy reward, less control and contact costs."""
         reward = (after - before) * (self.forward_reward_weight / self.dt)
         reward += healthy * self.healthy_reward
@@ -422,9 +414,7 @@ class HumanoidStandup(_HumanoidBody):
         super().bind(model)
         self._timestep = float(model.opt.timestep)
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Torso height over the time step, less control and impact costs, plus one."""
         reward = s.qpos[:, 2] * self.uph_cost_weight / self._timestep
         reward -= self.ctrl_cost_weight * xp.sum(s.ctrl * s.ctrl)
@@ -485,9 +475,7 @@ class Reacher(Task):
         out[:, 6:8] = s.qvel[:, :2]
         out[:, 8:10] = s.xpos[:, self._tip, :2] - s.xpos[:, self._target, :2]
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Minus the distance, less the control cost."""
         reward = _length(xp, s.xpos[:, self._tip] - s.xpos[:, self._target])
         reward *= -self.reward_dist_weight
@@ -551,9 +539,7 @@ class Pusher(Task):
         out[:, 17:20] = s.xpos[:, self._object]
         out[:, 20:23] = s.xpos[:, self._goal]
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array | None
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Minus the two distances, less the control cost."""
         thing = s.xpos[:, self._object]
         reward = _length(xp, thing - s.xpos[:, self._goal])
@@ -605,9 +591,7 @@ class InvertedPendulum(Task):
         """Whether the pole stands."""
         return inside(xp, s.state, self._low, self._high)
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """One while healthy."""
         return healthy * 1.0
 
@@ -654,9 +638,7 @@ class InvertedDoublePendulum(Task):
         """Whether the tip is higher than one metre."""
         return s.site_xpos[:, 0, 2] > 1.0
 
-    def reward(
-        self, xp: ArrayOps, s: SimState, action: Array, before: Array | None, after: Array | None, healthy: Array
-    ) -> Array:
+    def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Healthy reward less the penalties on position and velocity of the tip."""
         x, y = s.site_xpos[:, 0, 0], s.site_xpos[:, 0, 2] - 2.0
         v1, v2 = s.qvel[:, 1], s.qvel[:, 2]
