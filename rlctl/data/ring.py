@@ -56,7 +56,9 @@ class Ring:
         if n > self.capacity:
             raise ValueError(f"cannot add {n} transitions at once to a ring of {self.capacity}")
         if self._rows is None:
-            self._rows = batch.map(lambda x: torch.empty((self.capacity, *x.shape[1:]), dtype=x.dtype, device=self.device))
+            self._rows = batch.map(
+                lambda x: torch.empty((self.capacity, *x.shape[1:]), dtype=x.dtype, device=self.device)
+            )
         first = min(n, self.capacity - self.cursor)  # rows before the wrap-around
         for dst, src in zip(_tensors(self._rows), _tensors(batch), strict=True):
             dst[self.cursor : self.cursor + first] = src[:first]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlctl.nets.mlp import ACTIVATIONS, Activation, mlp
+from rlctl.ops.linalg import linear
 
 
 class ValueNet(nn.Module):
@@ -30,19 +31,21 @@ class ValueNet(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """E linear layers side by side: `[E, B, in] -> [E, B, out]` in one matrix product."""
+    """E linear layers side by side: `[E, B, in] -> [E, B, out]`; each is initialised as an `nn.Linear`."""
 
     def __init__(self, num: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim))
-        self.bias = nn.Parameter(torch.empty(num, 1, out_dim))
-        bound = in_dim**-0.5  # the default of nn.Linear
+        self.weight = nn.Parameter(torch.empty(num, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(num, out_dim))
+        bound = in_dim**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[E, B, in] -> [E, B, out]`."""
-        return torch.baddbmm(self.bias, x, self.weight)
+        if x.device.type == "cpu":  # a batched product gains nothing there, and its backward leaves awkward strides
+            return torch.stack([linear(*xwb) for xwb in zip(x, self.weight, self.bias, strict=True)])
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 
 
 class QEnsemble(nn.Module):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+from rlctl.ops.linalg import linear
 
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -15,6 +17,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
 }
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through the faster matrix product of this machine, see `rlctl.ops.linalg`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        return linear(input, self.weight, self.bias)
 
 
 def mlp(
@@ -35,12 +45,12 @@ def mlp(
     layers: list[nn.Module] = []
     width = in_dim
     for h in hidden:
-        layers.append(nn.Linear(width, h))
+        layers.append(Linear(width, h))
         if layer_norm:
             layers.append(nn.LayerNorm(h))
         layers.append(ACTIVATIONS[activation]())
         width = h
-    layers.append(nn.Linear(width, out_dim))
+    layers.append(Linear(width, out_dim))
     net = nn.Sequential(*layers)
     if orthogonal is not None:
         linears = [m for m in net if isinstance(m, nn.Linear)]

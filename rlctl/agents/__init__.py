@@ -1,0 +1,97 @@
+"""The algorithms, one file each, and the register that finds them by name.
+
+A name is one of ours (`ppo`), one that an installed package offers through the entry-point group `rlctl.algos`, or a
+class in a file of your own, as `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlctl.errors import UsageError
+from rlctl.seeding import derive
+from rlctl.types import Agent, Spec
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered algorithm."""
+
+    name: str
+    target: str
+    """`module:Class`."""
+    paper: str
+    summary: str
+
+
+ENTRIES = {
+    e.name: e
+    for e in (
+        Entry("ppo", "rlctl.agents.ppo:PPO", "arXiv:1707.06347", "clipped-ratio policy gradient"),
+        Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
+        Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
+        Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
+    )
+}
+
+
+def names() -> list[str]:
+    """Every algorithm that can be named: ours, then those of installed packages."""
+    return [*ENTRIES, *sorted(_plugins())]
+
+
+def get(name: str) -> type[Agent]:
+    """The agent class called `name`; UsageError with the nearest match if there is none."""
+    if ":" in name:
+        return _load(name, name)
+    if name in ENTRIES:
+        return _load(ENTRIES[name].target, name)
+    plugins = _plugins()
+    if name in plugins:
+        return _load(plugins[name], name)
+    close = get_close_matches(name.lower(), names(), n=1, cutoff=0.4)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(names())}; or package.module:Class")
+
+
+def make(name: str | type[Agent], spec: Spec, cfg: Any = None) -> Agent:
+    """Build an agent on `spec.device`; its weights depend on `spec.seed` alone (the global generator is left as is)."""
+    cls = get(name) if isinstance(name, str) else name
+    devices = [spec.device] if spec.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(spec.device):
+        torch.manual_seed(derive(spec.seed, "init"))
+        return cls(spec, cfg)
+
+
+def _plugins() -> dict[str, str]:
+    return {e.name: e.value for e in entry_points(group="rlctl.algos")}
+
+
+def _load(target: str, asked: str) -> type[Agent]:
+    module_name, _, class_name = target.partition(":")
+    if (cwd := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, cwd)  # a user's file lies where the user stands
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        if e.name is None or not (module_name == e.name or module_name.startswith(e.name + ".")):
+            raise  # the user's module exists, and something it imports does not
+        raise UsageError(f"no module '{module_name}' for '{asked}': looked in {cwd} and the installed packages") from e
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        found = [n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, Agent) and c is not Agent]
+        raise UsageError(f"no class '{class_name}' in {module_name}; it has {', '.join(found) or 'no agents'}")
+    if not (inspect.isclass(cls) and issubclass(cls, Agent)):
+        raise UsageError(f"'{asked}' is not an rlctl.Agent subclass")
+    if not (is_dataclass(getattr(cls, "Config", None)) and hasattr(cls, "regime")):
+        raise UsageError(f"'{asked}' needs the class attributes `regime` and `Config` (a frozen dataclass)")
+    return cls

@@ -1,0 +1,158 @@
+"""Proximal policy optimisation with the clipped ratio.
+
+Source: Schulman et al. 2017, arXiv:1707.06347 (objective: eq. 7; advantages: arXiv:1506.02438, eq. 16). Details that
+the MuJoCo results rest on: Huang et al. 2022, "The 37 implementation details of PPO".
+Differs: a truncation bootstraps from the value of the true successor (the paper's code treats it as a termination);
+the value loss is not clipped (Andrychowicz et al. 2021, arXiv:2006.05990, find no gain); log pi_old and V are computed
+for the whole rollout at the start of the update, which equals recording them while acting since nothing moves between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
+from rlctl.nets.mlp import Activation
+from rlctl.ops import adam, gae, minimize
+from rlctl.train import OnPolicyConfig
+from rlctl.types import Agent, Batch, Metrics, Spec
+
+
+@dataclass(frozen=True)
+class PPOConfig(OnPolicyConfig):
+    """Defaults: the field's MuJoCo set (8 worlds x 256 steps, 10 epochs of minibatches of 64)."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of policy and value network (nothing is shared)."""
+    activation: Activation = "tanh"
+    """Activation of both networks: relu, tanh, elu, silu or gelu."""
+    log_std: float = 0.0
+    """Initial log standard deviation of the actions, one free parameter per dimension."""
+    gamma: float = 0.99
+    """Discount per environment step."""
+    lam: float = 0.95
+    """lambda of the generalised advantage estimates."""
+    clip: float = 0.2
+    """epsilon: the ratio counts only within [1 - clip, 1 + clip]."""
+    epochs: int = 10
+    """Passes over each rollout."""
+    minibatch_size: int = 64
+    """Transitions per gradient step; must divide num_envs * horizon."""
+    lr: float = 3e-4
+    """Adam's learning rate at the start."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly to 0 over the run."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the squared value error."""
+    max_grad_norm: float = 0.5
+    """The gradient of one step is rescaled to at most this L2 norm."""
+    normalize_advantage: bool = True
+    """Standardise the advantages of each minibatch."""
+    normalize_obs: bool = True
+    """Standardise observations with running statistics (clipped to +-10)."""
+    normalize_reward: bool = True
+    """Divide rewards by the running spread of the discounted return (clipped to +-10)."""
+
+
+class PPO(Agent):
+    """PPO with separate policy and value networks."""
+
+    regime = "on_policy"
+    Config = PPOConfig
+    cfg: PPOConfig
+
+    def __init__(self, spec: Spec, cfg: PPOConfig | None = None) -> None:
+        super().__init__(spec, cfg)
+        c = self.cfg
+        size = spec.num_envs * c.horizon
+        if size % c.minibatch_size:
+            raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
+        self.obs_norm = ObsNorm(spec.obs_dim)
+        self.reward_scale = RewardScale(spec.num_envs, c.gamma)
+        self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)
+        self.v = ValueNet(spec.obs_dim, c.hidden, c.activation, orthogonal=1.0)
+        self.opt = adam([*self.pi.parameters(), *self.v.parameters()], c.lr, eps=1e-5)
+        self.total_updates = max(c.steps // size, 1)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations as the networks see them."""
+        return self.obs_norm(obs) if self.cfg.normalize_obs else obs
+
+    def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The unclipped Gaussian action; the environment clips its own copy to [-1, 1]."""
+        pi = self.pi(self.normalize(obs))
+        return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
+
+    @torch.no_grad()
+    def advantages(self, batch: Batch, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and value targets (lambda-returns), both `[T, N]`; `obs` is `batch.obs` normalised."""
+        reward = self.reward_scale(batch.reward) if self.cfg.normalize_reward else batch.reward
+        v, next_v = self.v(obs), self.v(self.normalize(batch.next_obs))
+        adv = gae(reward, v, next_v, batch.terminated, batch.truncated, self.cfg.gamma, self.cfg.lam)
+        return adv, adv + v
+
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        """-E[min(r A, clip(r) A)] over a minibatch `[B]`."""
+        clipped = ratio.clamp(1 - self.cfg.clip, 1 + self.cfg.clip)
+        return -torch.minimum(ratio * adv, clipped * adv).mean()
+
+    def value_loss(self, v: Tensor, ret: Tensor) -> Tensor:
+        """E[(V - R)^2] over a minibatch `[B]`."""
+        return (v - ret).square().mean()
+
+    def update(self, batch: Batch) -> Metrics:
+        """`epochs` passes of shuffled minibatches over one rollout `[T, N]`, then the normalisers move."""
+        c = self.cfg
+        if c.anneal_lr:
+            self.opt.param_groups[0]["lr"] = c.lr * max(1.0 - self.counters["updates"] / self.total_updates, 0.0)
+        self.counters["updates"] += 1
+
+        obs = self.normalize(batch.obs)
+        adv, ret = self.advantages(batch, obs)
+        with torch.no_grad():
+            logp_old = self.pi(obs).log_prob(batch.action)
+        rollout = [x.flatten(0, 1) for x in (obs, batch.action, logp_old, adv, ret)]
+
+        kls, clips, policy_losses, value_losses = [], [], [], []
+        for _ in range(c.epochs):
+            order = torch.randperm(adv.numel(), generator=self.rng["sample"], device=adv.device)
+            for obs_m, action, logp_m, adv_m, ret_m in zip(
+                *[x[order].split(c.minibatch_size) for x in rollout], strict=True
+            ):
+                if c.normalize_advantage:
+                    std, mean = torch.std_mean(adv_m)
+                    adv_m = (adv_m - mean) / (std + 1e-8)
+                pi = self.pi(obs_m)
+                log_ratio = pi.log_prob(action) - logp_m
+                ratio = log_ratio.exp()
+                policy_loss = self.policy_loss(ratio, adv_m)
+                value_loss = self.value_loss(self.v(obs_m), ret_m)
+                loss = policy_loss + c.vf_coef * value_loss
+                if c.ent_coef:
+                    loss = loss - c.ent_coef * pi.entropy().mean()
+                minimize(loss, self.opt, c.max_grad_norm)
+                policy_losses.append(policy_loss.detach())
+                value_losses.append(value_loss.detach())
+            # of the last minibatch of each epoch: cheap, and the trend is what one reads them for
+            with torch.no_grad():
+                kls.append((ratio - 1 - log_ratio).mean())
+                clips.append(((ratio - 1).abs() > c.clip).float().mean())
+
+        if c.normalize_obs:
+            self.obs_norm.update(batch.obs)
+        if c.normalize_reward:
+            self.reward_scale.update(batch.reward, batch.terminated | batch.truncated)
+        return {
+            "losses/policy": torch.stack(policy_losses).mean(),
+            "losses/value": torch.stack(value_losses).mean(),
+            "policy/entropy": pi.entropy().detach(),
+            "policy/approx_kl": torch.stack(kls).mean(),
+            "policy/clip_fraction": torch.stack(clips).mean(),
+            "policy/std": self.pi.log_std.detach().exp().mean(),
+            "value/explained_variance": 1 - adv.var() / (ret.var() + 1e-8),
+        }

@@ -1,0 +1,98 @@
+"""Twin delayed deep deterministic policy gradient.
+
+Source: Fujimoto et al. 2018, arXiv:1802.09477, algorithm 1.
+Differs: 256-256 networks, learning rates of 3e-4 and batches of 256 (the authors' later code) instead of 400-300, 1e-3
+and 100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlctl.nets import DeterministicPolicy, QEnsemble
+from rlctl.ops import adam, frozen_copy, minimize, polyak
+from rlctl.train import OffPolicyConfig
+from rlctl.types import Agent, Batch, Metrics, Spec
+
+
+@dataclass(frozen=True)
+class TD3Config(OffPolicyConfig):
+    """Defaults: those of the authors' current code."""
+
+    learning_starts: int = 25_000
+    """Environment steps of uniform random actions before learning starts."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of actor and critics."""
+    gamma: float = 0.99
+    """Discount per environment step."""
+    tau: float = 0.005
+    """Lagged networks move by tau towards the online ones at each actor step."""
+    actor_lr: float = 3e-4
+    """Adam's learning rate of the actor."""
+    critic_lr: float = 3e-4
+    """Adam's learning rate of the critics."""
+    exploration_noise: float = 0.1
+    """Std of the Gaussian added to the action while collecting, in units of [-1, 1]."""
+    policy_noise: float = 0.2
+    """Std of the Gaussian that smooths the action in the backup."""
+    noise_clip: float = 0.5
+    """Bound of that smoothing noise."""
+    policy_every: int = 2
+    """Critic updates per actor update."""
+
+
+class TD3(Agent):
+    """Twin critics, deterministic actor, delayed policy updates, target-policy smoothing."""
+
+    regime = "off_policy"
+    Config = TD3Config
+    cfg: TD3Config
+
+    def __init__(self, spec: Spec, cfg: TD3Config | None = None) -> None:
+        super().__init__(spec, cfg)
+        c = self.cfg
+        self.pi = DeterministicPolicy(spec.obs_dim, spec.act_dim, c.hidden)
+        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
+        self.pi_lagged, self.q_lagged = frozen_copy(self.pi), frozen_copy(self.q)
+        self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
+        self.opt_q = adam(self.q.parameters(), c.critic_lr)
+
+    def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """pi(s), with Gaussian noise (clipped to the action range) while exploring."""
+        action = self.pi(obs)
+        if explore:
+            noise = torch.randn(action.shape, generator=self.rng["action"], device=action.device)
+            action = (action + self.cfg.exploration_noise * noise).clamp(-1, 1)
+        return action, {}
+
+    def smoothed_action(self, next_obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """clip(pi_lagged(s') + clip(policy_noise * noise)): the action of the backup; `noise` [B, A] standard normal."""
+        action = self.pi_lagged(next_obs)
+        if noise is None:
+            noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)
+        noise = (self.cfg.policy_noise * noise).clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
+        return (action + noise).clamp(-1, 1)
+
+    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+        """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~)."""
+        with torch.no_grad():
+            q_next = self.q_lagged(b.next_obs, self.smoothed_action(b.next_obs, noise)).amin(0)
+            backup = b.reward + self.cfg.gamma * ~b.terminated * q_next
+        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+
+    def actor_loss(self, b: Batch) -> Tensor:
+        """-E[Q_1(s, pi(s))]."""
+        return -self.q(b.obs, self.pi(b.obs))[0].mean()
+
+    def update(self, b: Batch) -> Metrics:
+        """Critics; every `policy_every`-th time the actor and then all lagged networks."""
+        self.counters["updates"] += 1
+        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
+        if self.counters["updates"] % self.cfg.policy_every == 0:
+            metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)
+            polyak(self.q, self.q_lagged, self.cfg.tau)
+            polyak(self.pi, self.pi_lagged, self.cfg.tau)
+        return metrics

@@ -1,0 +1,59 @@
+"""The command line. One module per verb; errors are one line on stderr and an exit code.
+
+Exit codes: 0 done, 2 usage, 3 diverged, 75 interrupted and resumable (sysexits' EX_TEMPFAIL), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from rlctl.cli import algos, config, doctor, envs, evaluate, resume, train
+from rlctl.errors import RlctlError
+
+app = typer.Typer(
+    name="rlctl",
+    help="Train and compare continuous-control reinforcement-learning agents.",
+    epilog="Start with:  rlctl train --algo ppo --env Hopper",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("resume")(resume.resume)
+app.command("eval")(evaluate.evaluate)
+app.command("algos")(algos.algos)
+app.command("envs")(envs.envs)
+app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the `rlctl` command."""
+    try:
+        app(standalone_mode=True)
+    except RlctlError as e:
+        fail(str(e), e.exit_code)
+    except MemoryError as e:
+        fail(str(e) or "out of memory", 2 if str(e) else 1)
+    except ValueError as e:
+        # an agent or an environment refuses what it was configured with; anything deeper shows its traceback
+        if not _is_refusal(e):
+            raise
+        fail(str(e), 2)
+
+
+def fail(message: str, code: int) -> None:
+    """One line on stderr, then exit."""
+    print(f"rlctl: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _is_refusal(e: ValueError) -> bool:
+    """Raised by our own argument checks, not by a library underneath."""
+    tb = e.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb is not None and tb.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("rlctl", "rlctl_envs")

@@ -1,0 +1,59 @@
+"""`rlctl eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of the run.", metavar="RUN_DIR")],
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes to run.")] = 100,
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="Sample actions instead of taking the deterministic one.")
+    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="The best agent seen in training instead of the last.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the evaluation episodes.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, every return included.")] = False,
+) -> None:
+    """Evaluate a trained agent in fresh environments, with frozen normalisers."""
+    import rlctl_envs
+    from rlctl import experiment
+    from rlctl.cli.output import print_json
+    from rlctl.data.reference import normalized_score
+    from rlctl.errors import UsageError
+    from rlctl.evaluate import evaluate as run_episodes
+
+    agent, settings = experiment.load_agent(run_dir, "best" if best else "latest")
+    env_id = settings.env or experiment.read_json(run_dir / "run.json").get("eval_env")
+    if env_id is None:
+        raise UsageError(f"{run_dir} does not name an environment to evaluate in")
+    env = rlctl_envs.make(env_id, min(episodes, 100), seed=seed, device=agent.spec.device, **settings.env_options)
+    result = run_episodes(agent, env, episodes, seed=seed, stochastic=stochastic)
+    env.close()
+    assert result is not None
+    score = normalized_score(settings.data or env_id, result.mean)
+    if json_:
+        print_json(
+            {
+                "run": str(run_dir),
+                "algo": settings.algo,
+                "env": env_id,
+                "checkpoint": "best" if best else "latest",
+                "episodes": episodes,
+                "deterministic": not stochastic,
+                "seed": seed,
+                "return_mean": result.mean,
+                "return_std": result.std,
+                "normalized_score": score,
+                "returns": result.returns,
+                "lengths": result.lengths,
+            }
+        )
+        return
+    kind = "sampled" if stochastic else "deterministic"
+    normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
+    print(f"{settings.algo} on {env_id}: {result.mean:.1f} ± {result.std:.1f} over {episodes} episodes", end=" ")
+    print(f"({kind} actions{normalized}; mean length {sum(result.lengths) / len(result.lengths):.0f})")

@@ -1,0 +1,196 @@
+"""A dataset: a full, device-resident table of transitions, with statistics.
+
+`load_dataset` reads a Minari dataset or a D4RL-style HDF5 file once (see `rlctl.data.readers` for the rules of each);
+from then on nothing leaves the device. Rows are raw: no normalisation, no reward scaling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlctl.data import readers
+from rlctl.data.readers import DatasetError
+from rlctl.seeding import generator
+from rlctl.types import Batch
+
+__all__ = ["Dataset", "DatasetError", "Stats", "load_dataset"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a dataset holds. Returns are undiscounted sums of raw rewards over one episode; std divides by the count."""
+
+    transitions: int
+    episodes: int
+    return_mean: float
+    return_std: float
+    return_min: float
+    return_max: float
+    obs_mean: Tensor
+    """[O] float32, over `obs` of all transitions."""
+    obs_std: Tensor
+    """[O] float32; 0 for a number that never changes."""
+
+
+class Dataset:
+    """Transitions of whole episodes, one episode after the other, sampled uniformly with replacement.
+
+    A full `Ring` that cannot be added to: it goes wherever a source of batches does, `Mix` included.
+    """
+
+    def __init__(
+        self,
+        rows: Batch,
+        episode_ends: Tensor,
+        *,
+        id: str,
+        env_id: str | None = None,
+        returns: Tensor | None = None,
+        action_box: tuple[Tensor, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Hold `rows` ([M, ...], float32 and bool, all on one device), cut at `episode_ends` ([E] int64).
+
+        `returns` [E] default to the sums of `reward`; ValueError when the ends do not ascend to M.
+        """
+        m = len(rows.reward)
+        steps = episode_ends.diff(prepend=episode_ends.new_zeros(1))
+        if m == 0 or len(steps) == 0 or int(episode_ends[-1]) != m or not bool((steps > 0).all()):
+            raise ValueError(f"episode_ends must ascend to the number of transitions, {m}")
+        self.rows = rows
+        """All transitions, [M, ...]."""
+        self.device = rows.reward.device
+        self.id = id
+        """Minari id, or the file name without its suffix."""
+        self.env_id = env_id
+        """Gymnasium id of the task it was recorded on ("Hopper-v5"), None where the source does not say."""
+        self.episode_ends = episode_ends.to(self.device)
+        """[E] int64, one past the last row of each episode."""
+        self.action_box = action_box
+        """Low and high [A] that the stored actions were mapped to [-1, 1] from; None: they are as stored."""
+        self.rng = generator(seed, "dataset", self.device)
+        self._returns = None if returns is None else returns.to(self.device, torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.rows.reward)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.id!r}, {len(self):,} transitions, {len(self.episode_ends):,} episodes, {self.device})"
+
+    @property
+    def spec_dims(self) -> tuple[int, int]:
+        """(O, A): numbers in an observation and in an action."""
+        return self.rows.obs.shape[1], self.rows.action.shape[1]
+
+    def sample(self, n: int) -> Batch:
+        """`n` transitions drawn uniformly with replacement, `[n, ...]`."""
+        index = torch.randint(len(self), (n,), generator=self.rng, device=self.device)
+        return self.rows.map(lambda x: x.index_select(0, index))
+
+    def whole(self) -> Batch:
+        """All transitions, `[M, ...]`, in order of recording (the storage itself)."""
+        return self.rows
+
+    @property
+    def boundary(self) -> Tensor:
+        """[M] bool: the last row of an episode."""
+        out = torch.zeros(len(self), dtype=torch.bool, device=self.device)
+        out[self.episode_ends - 1] = True
+        return out
+
+    def episode_returns(self) -> Tensor:
+        """[E] float64: the undiscounted return of each episode, in the environment's own reward."""
+        if self._returns is None:
+            lengths = self.episode_ends.diff(prepend=self.episode_ends.new_zeros(1))
+            self._returns = torch.segment_reduce(self.rows.reward.double(), "sum", lengths=lengths)
+        return self._returns
+
+    def stats(self) -> Stats:
+        """Counts, returns and the moments of the observations."""
+        return self._stats
+
+    @cached_property
+    def _stats(self) -> Stats:
+        returns, blocks, m = self.episode_returns(), torch.split(self.rows.obs, readers.BLOCK), len(self)
+        mean = torch.stack([x.double().sum(0) for x in blocks]).sum(0) / m
+        var = torch.stack([(x.double() - mean).square().sum(0) for x in blocks]).sum(0) / m
+        return Stats(
+            transitions=m,
+            episodes=len(returns),
+            return_mean=float(returns.mean()),
+            return_std=float(returns.std(correction=0)),
+            return_min=float(returns.min()),
+            return_max=float(returns.max()),
+            obs_mean=mean.float(),
+            obs_std=var.sqrt().float(),
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the transitions and episode ends as held; the same whatever file or folder they came from."""
+        digest = hashlib.sha256()
+        for name, x in (self.rows.tensors() | {"episode_ends": self.episode_ends}).items():
+            digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
+            digest.update(x.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    # ---------------------------------------------------------------------------------------------- checkpoint
+    def save(self, folder: Path, previous: Path | None = None) -> None:
+        """Write the sampling generator and the fingerprint into `folder`; the rows stay in their source.
+
+        `previous` is there for the sake of `Ring.save`; there is nothing to link.
+        """
+        mark = torch.frombuffer(bytearray.fromhex(self.sha256), dtype=torch.uint8)
+        save_file({"rng": self.rng.get_state(), "sha256": mark}, folder / "dataset.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Undo `save`: restore the sampling generator; DatasetError when the checkpoint was made with other data."""
+        saved = load_file(folder / "dataset.safetensors")
+        was = bytes(saved["sha256"].tolist()).hex()
+        if was != self.sha256:
+            raise DatasetError(
+                f"the checkpoint was made with a dataset of sha256 {was[:12]}, '{self.id}' has {self.sha256[:12]}: "
+                "resume with the data the run was started with"
+            )
+        self.rng.set_state(saved["rng"])
+
+
+def load_dataset(
+    source: str, *, device: torch.device | str = "cpu", seed: int = 0, episode_len: int | None = None
+) -> Dataset:
+    """Read a dataset once and keep it on `device`.
+
+    `source` is one of
+    - a Minari id (`mujoco/hopper/medium-v0`), looked up in MINARI_DATASETS_PATH or ~/.minari/datasets;
+    - the path of a Minari dataset's folder;
+    - the path of a D4RL-style file ending in .hdf5 or .h5.
+
+    An id wins over a path of the same name. Nothing is downloaded and no environment is built. `seed` is the root of
+    the sampling generator. `episode_len` (steps) serves only a D4RL-style file that has neither `timeouts` nor
+    `next_observations`. Raises DatasetError, a ValueError of one line: nothing found (names the nearest), a damaged
+    file, missing keys, unequal lengths, numbers that are not finite, spaces that are not vectors, no h5py.
+    """
+    if source.endswith(readers.SUFFIXES) and Path(source).name != "main_data.hdf5":
+        path = readers.find_hdf5(source)
+        table, name = readers.read_d4rl(path, episode_len), path.stem
+    else:
+        data = readers.find_minari(source.removesuffix("/main_data.hdf5"))
+        table, name = readers.read_minari(data), readers.minari_id(data)
+    obs, action, reward, next_obs, terminated, truncated = (torch.from_numpy(x).to(device) for x in table[:6])
+    box = table.action_box
+    return Dataset(
+        Batch(obs, action, reward, next_obs, terminated, truncated),
+        torch.from_numpy(table.ends),
+        id=name,
+        env_id=table.env_id,
+        returns=torch.from_numpy(table.returns),
+        action_box=None if box is None else (torch.from_numpy(box[0]), torch.from_numpy(box[1])),
+        seed=seed,
+    )

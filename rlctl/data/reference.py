@@ -1,0 +1,58 @@
+"""D4RL's normalised score: 0 for a random policy, 100 for D4RL's expert.
+
+The constants are facts of the benchmark (Fu et al. 2020, arXiv:2004.07219, and its code), the same for v0, v1 and v2
+of one task. They were measured on D4RL's own tasks: on a later version of a task (Hopper-v5), and on a dataset recorded
+anew under an old name, the number is on the same scale but is not comparable with published D4RL tables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from importlib.resources import files
+
+_ALIASES = {
+    "adroithandpen": "pen",
+    "adroithanddoor": "door",
+    "adroithandhammer": "hammer",
+    "adroithandrelocate": "relocate",
+    "frankakitchen": "kitchen",
+}
+_OTHER = {"sparse", "dm", "dmc", "eval"}
+"""Words that mark another task under a familiar name (dm_control's hopper, Adroit with a sparse reward)."""
+
+
+@cache
+def reference_scores() -> dict[str, tuple[float, float]]:
+    """(random, expert) return by D4RL task name, e.g. `hopper`, `antmaze`, `maze2d-large-dense`."""
+    text = files("rlctl.data").joinpath("d4rl_reference.json").read_text()
+    return {name: (float(low), float(high)) for name, (low, high) in json.loads(text)["ref_by_env"].items()}
+
+
+def reference_name(name: str) -> str | None:
+    """D4RL's task name for an environment id, a dataset id or a file name; None where D4RL has no such task.
+
+    "Hopper-v5", "mujoco/hopper/medium-v0", "hopper_medium-v2" and "hopper" all give "hopper".
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    scores = reference_scores()
+    if "maze2d" in words:
+        rest = [w for w in words[words.index("maze2d") + 1 :] if w != "sparse" and not re.fullmatch(r"v\d+", w)]
+        found = "-".join(["maze2d", *rest])
+        return found if found in scores else None
+    if _OTHER & set(words):
+        return None
+    return next((task for w in words if (task := _ALIASES.get(w, w)) in scores), None)
+
+
+def normalized_score(name: str, ret: float) -> float | None:
+    """100 * (ret - random) / (expert - random) for an undiscounted raw return `ret`; None where D4RL has no such task.
+
+    `name` is an environment id, a dataset id or a file name, see `reference_name`.
+    """
+    task = reference_name(name)
+    if task is None:
+        return None
+    low, high = reference_scores()[task]
+    return 100.0 * (ret - low) / (high - low)

@@ -1,0 +1,389 @@
+"""From settings to a finished run: what `rlctl train`, `resume` and `eval` share with the Python API."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+import rlctl_envs
+from rlctl import agents, checkpoint
+from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
+from rlctl.data.reference import normalized_score
+from rlctl.display import Display
+from rlctl.errors import Diverged, Interrupted, RlctlError, UsageError
+from rlctl.evaluate import Evaluation
+from rlctl.provenance import provenance
+from rlctl.run import Run, RunConfig, non_finite
+from rlctl.seeding import derive
+from rlctl.train import SCHEDULES, Job
+from rlctl.types import Agent, Spec
+
+if TYPE_CHECKING:
+    from rlctl.data.dataset import Dataset
+    from rlctl_envs import VecEnv
+
+KEYS = ("algo", "env", "data", "seed", "device", "env_options", "agent", "run")
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run, fully resolved."""
+
+    algo: str
+    env: str | None
+    data: str | None
+    seed: int
+    device: str
+    agent: Any
+    """The agent's config dataclass."""
+    run: RunConfig
+    env_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type[Agent]:
+        """The agent's class."""
+        return agents.get(self.algo)
+
+    def plain(self) -> dict[str, Any]:
+        """What config.yaml holds."""
+        return {
+            "algo": self.algo,
+            "env": self.env,
+            "data": self.data,
+            "seed": self.seed,
+            "device": self.device,
+            "env_options": self.env_options,
+            "agent": as_plain(self.agent),
+            "run": as_plain(self.run),
+        }
+
+    def key(self) -> str:
+        """Hash of what decides the result, but for the seed: runs that share it are repetitions of one experiment."""
+        return fingerprint({k: v for k, v in self.plain().items() if k not in ("seed", "run", "device")})
+
+
+def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
+    """Merge layers of settings, weakest first, under them the packaged config of this algorithm on this task.
+
+    A layer is a mapping with any of the keys of `KEYS`; keys that are none of them are taken as the agent's.
+    """
+    top = merge(*[_sectioned(layer) for layer in layers])
+    algo = algo or top.get("algo")
+    if not algo:
+        raise UsageError("no algorithm given: name one with --algo, `rlctl algos` lists them")
+    cls = agents.get(algo)
+    offline = cls.regime == "offline"
+    env = rlctl_envs.canonical(top["env"]) if top.get("env") else None
+    if offline and not top.get("data"):
+        raise UsageError(
+            f"{algo} learns from a dataset: give one with --data (a Minari id, or the path of an .hdf5 file)"
+        )
+    if not offline and not env:
+        raise UsageError(f"{algo} learns in an environment: give one with --env, `rlctl envs` lists them")
+    if not offline and top.get("data"):
+        raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
+    values = merge(packaged(algo, env), top)
+    return Settings(
+        algo=algo,
+        env=env,
+        data=values.get("data"),
+        seed=_seed(values.get("seed", 0)),
+        device=values.get("device", "auto"),
+        agent=build(cls.Config, values.get("agent", {}), f"the config of {algo}"),
+        run=build(RunConfig, values.get("run", {}), "the section run"),
+        env_options=dict(values.get("env_options", {})),
+    )
+
+
+def packaged(algo: str, env: str | None) -> dict[str, Any]:
+    """The tuned config shipped for this pair, `configs/<algo>/<task>.yaml`; empty when there is none."""
+    if env is None or ":" in algo:
+        return {}
+    name = env.replace(":", "-")
+    here = Path(__file__).resolve().parent
+    for root in (here / "configs", here.parent / "configs"):  # in a wheel, in a source tree
+        file = root / algo / f"{name}.yaml"
+        if file.exists():
+            return load_yaml(file)
+    return {}
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """A config file as a layer; UsageError with its name when it cannot be read."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as e:
+        raise UsageError(f"cannot read the config file {file}: {e.strerror}") from e
+    except yaml.YAMLError as e:
+        raise UsageError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} does not hold a mapping of settings")
+    return _sectioned(values)
+
+
+def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
+    """Start a run and see it through. Returns its folder and the final evaluation."""
+    folder = _new_folder(settings, out)
+    return _carry_out(settings, folder, resume=False, quiet=quiet)
+
+
+def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
+    """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
+    settings = read_settings(folder)
+    if steps is not None:
+        plain = settings.plain()
+        plain["agent"]["steps"] = steps
+        settings = resolve(None, [plain])
+        checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
+    elif read_json(folder / "run.json").get("status") == "done":
+        raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
+    return _carry_out(settings, folder, resume=True, quiet=quiet)
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of an existing run."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        raise UsageError(f"{folder} is not a run directory: it has no config.yaml")
+    return resolve(None, [load_yaml(file)])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file, or {} if it is missing."""
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
+    """The trained agent of a run, ready to act: the `latest` checkpoint or the `best` one."""
+    settings = read_settings(folder)
+    root = folder / "checkpoints"
+    weights = root / "best" if which == "best" else checkpoint.latest(root)
+    if weights is None or not weights.exists():
+        raise UsageError(f"{folder} holds no {which} checkpoint yet")
+    dims = read_json(folder / "run.json")["spec"]
+    device = pick_device(settings.device)[0]
+    spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
+    agent = agents.make(settings.cls, spec, settings.agent)
+    checkpoint.load_agent(weights, agent)
+    return agent, settings
+
+
+def pick_device(asked: str) -> tuple[torch.device, str]:
+    """The device and the reason for it."""
+    if asked == "auto":
+        return torch.device("cpu"), "the simulator runs on the CPU, and networks of this size gain nothing from a GPU"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as e:
+        raise UsageError(f"unknown device '{asked}': allowed are auto, cpu, cuda, cuda:N") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {asked}: this machine shows no CUDA device to torch {torch.__version__}; use --device cpu"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device '{asked}': allowed are auto, cpu, cuda, cuda:N")
+    return device, "as asked"
+
+
+def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
+    device, why = pick_device(settings.device)
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
+    display = Display(quiet=quiet)
+    env: VecEnv | None = None
+    data: Dataset | None = None
+    run: Run | None = None
+    try:
+        env, data, env_id, spec = _sources(settings, device)
+        cfg = settings.agent
+        options = settings.env_options
+
+        def eval_env(num_envs: int, seed: int) -> VecEnv:
+            assert env_id is not None
+            return rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=settings.run.threads, **options)
+
+        _record(
+            folder,
+            settings,
+            {"status": "running", "error": None, "spec": _dims(spec), "eval_env": env_id},
+            begin=not resume,
+        )
+        run = Run(
+            folder,
+            settings.run,
+            seed=settings.seed,
+            make_eval_env=eval_env if env_id is not None else None,
+            display=display,
+            score=lambda ret: normalized_score(settings.data or env_id or "", ret),
+            resume=resume,
+        )
+        agent = agents.make(settings.cls, spec, cfg)
+        _announce(display, settings, folder, device, why, env_id, agent)
+        job = Job(agent, env, data, run, cfg, settings.seed)
+        schedule = agent.schedule or SCHEDULES[agent.regime]
+        with run.stop_on_signals():
+            try:
+                schedule(job)
+                result = run.finish(agent)
+            except ValueError as e:
+                if bad := non_finite(agent):  # the environment refused the action of a network that is no longer finite
+                    raise run.diverged(agent, bad) from e
+                raise
+        _record(
+            folder, settings, {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}
+        )
+        return folder, result
+    except Interrupted as e:
+        _record(folder, settings, {"status": "preempted", "error": str(e)})
+        raise
+    except BaseException as e:
+        if folder.exists():
+            _record(folder, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+        raise
+    finally:
+        if run is not None:
+            run.close()
+        if env is not None:
+            env.close()
+
+
+def _sources(s: Settings, device: torch.device) -> tuple[VecEnv | None, Dataset | None, str | None, Spec]:
+    """The environment to train in, the dataset, the id of the environment to evaluate in, and the agent's spec."""
+    if s.cls.regime != "offline":
+        assert s.env is not None
+        env = rlctl_envs.make(
+            s.env, s.agent.num_envs, seed=derive(s.seed, "env"), device=device, threads=s.run.threads, **s.env_options
+        )
+        return env, None, s.env, Spec(env.obs_dim, env.act_dim, env.num_envs, device, env.episode_len, s.seed)
+    from rlctl.data.dataset import load_dataset
+
+    assert s.data is not None
+    data = load_dataset(s.data, device=device, seed=s.seed)
+    env_id = s.env or data.env_id
+    obs_dim, act_dim = data.spec_dims
+    spec = Spec(obs_dim, act_dim, 1, device, 1000, s.seed)
+    if env_id is not None:
+        probe = rlctl_envs.make(env_id, 1, **s.env_options)
+        got = (probe.obs_dim, probe.act_dim)
+        spec = spec._replace(episode_len=probe.episode_len)
+        probe.close()
+        if got != (obs_dim, act_dim):
+            raise UsageError(
+                f"{s.data} has observations of {obs_dim} and actions of {act_dim} dimensions, "
+                f"{env_id} has {got[0]} and {got[1]}: they are not the same task"
+            )
+    return None, data, env_id, spec
+
+
+def _announce(
+    display: Display, s: Settings, folder: Path, device: torch.device, why: str, env_id: str | None, agent: Agent
+) -> None:
+    parameters = sum(p.numel() for p in agent.parameters())
+    source = s.env if s.cls.regime != "offline" else s.data
+    display.say(f"{s.algo} on {source}, seed {s.seed}: {s.agent.steps:,} steps, {parameters:,} parameters, in {folder}")
+    display.say(f"device {device}: {why}; {torch.get_num_threads()} CPU threads")
+    if s.cls.regime == "off_policy":
+        from rlctl.data.ring import planned_bytes
+
+        held = min(s.agent.buffer_size, s.agent.steps)
+        display.say(f"replay buffer: {held:,} transitions, up to {planned_bytes(agent.spec, held) / 2**20:,.0f} MiB")
+    if env_id is None:
+        display.say("no evaluation: the dataset does not name its environment; give one with --env")
+
+
+def _dims(spec: Spec) -> dict[str, int]:
+    return {k: getattr(spec, k) for k in ("obs_dim", "act_dim", "num_envs", "episode_len")}
+
+
+def _new_folder(s: Settings, out: Path | None) -> Path:
+    """Create the run directory with its config; a name that is taken gets a number, an explicit one is refused."""
+    if out is not None:
+        folder = out
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} is not empty: go on with `rlctl resume {folder}`, or choose another --out")
+    else:
+        source = (s.env or "") if s.cls.regime != "offline" else Path(s.data or "").stem.replace("/", "-")
+        algo = s.algo.replace(":", ".")
+        base = Path("runs") / algo / source.replace(":", "-") / f"s{s.seed}-{s.key()}"
+        folder, n = base, 1
+        while folder.exists():
+            n += 1
+            folder = base.with_name(f"{base.name}-{n}")
+    # complete or absent: a run directory always has its config
+    temp = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    (temp / "config.yaml").write_text(yaml.safe_dump(s.plain(), sort_keys=False))
+    if folder.exists():
+        folder.rmdir()
+    temp.rename(folder)
+    return folder
+
+
+def _record(folder: Path, s: Settings, fields: Mapping[str, Any], begin: bool = False) -> None:
+    """Merge `fields` into run.json; `begin` writes the provenance of the run, a resume appends its own."""
+    record = read_json(folder / "run.json")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if begin or "schema" not in record:
+        record = {
+            "schema": SCHEMA,
+            "algo": s.algo,
+            "env": s.env,
+            "data": s.data,
+            "seed": s.seed,
+            "config_key": s.key(),
+            "physics": s.env_options.get("physics", "published"),
+            "started": now,
+            "sessions": [],
+        }
+    if fields.get("status") == "running":
+        record["sessions"].append({"started": now, **provenance(), "torch_threads": torch.get_num_threads()})
+    record |= dict(fields) | {"updated": now}
+    checkpoint.write_atomically(folder / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _sectioned(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Put keys that are not sections under `agent`, so that `--set lr=1e-3` and `--set agent.lr=1e-3` are one."""
+    out: dict[str, Any] = {}
+    for key, value in layer.items():
+        if key in KEYS:
+            out[key] = (
+                merge(out[key], value) if isinstance(out.get(key), dict) and isinstance(value, Mapping) else value
+            )
+        elif isinstance(value, Mapping):
+            raise UsageError(unknown_key(key, set(KEYS), "a config"))
+        else:
+            out["agent"] = merge(out.get("agent", {}), {key: value})
+    return out
+
+
+def _seed(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UsageError(f"a seed is a non-negative integer, got {value!r}")
+    return value
+
+
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "RlctlError",
+    "Settings",
+    "load_agent",
+    "resolve",
+    "resume",
+    "train",
+]
+
+if __name__ == "__main__":
+    sys.exit("use `rlctl train`")

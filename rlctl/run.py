@@ -1,0 +1,521 @@
+"""A run: the one door through which training reaches logs, evaluation and checkpoints.
+
+    RUN/run.json            status, command, host, versions, git, device, physics, seeds, times, final scores
+        config.yaml         fully resolved; `rlctl train --config RUN/config.yaml` repeats the run
+        metrics.jsonl       one row per log step         eval.jsonl   one row per evaluation EPISODE
+        events.out.*        the same for TensorBoard     console.log  what was printed
+        checkpoints/        see rlctl.checkpoint
+
+A loop calls `begin` once, then `tick` after every update. Everything else follows from the counters: the order of work
+within a tick is log, evaluate, checkpoint, stop, and each is due when the progress crosses a multiple of its period, so
+an interrupted run and one that never stopped do the same things at the same moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
+from torch import Tensor
+
+from rlctl import checkpoint
+from rlctl.display import Display
+from rlctl.errors import Diverged, Interrupted, UsageError
+from rlctl.evaluate import Evaluation, evaluate
+from rlctl.seeding import derive
+from rlctl.types import Agent, Metrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from rlctl_envs import VecEnv
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run watches itself. Periods count environment steps online and gradient steps offline."""
+
+    log_every: int | None = None
+    """Period of metric rows; None takes 1/500 of the run."""
+    eval_every: int | None = None
+    """Period of evaluations; None takes 1/100 of the run, 0 evaluates only at the end."""
+    eval_episodes: int = 10
+    """Episodes per evaluation during training."""
+    final_episodes: int = 100
+    """Episodes of the evaluation at the end."""
+    eval_stochastic: bool = False
+    """Evaluate with sampled actions as well as with deterministic ones."""
+    checkpoint_every: int | None = None
+    """Period of checkpoints; None takes 1/10 of the run, 0 writes one only at the end and on interruption."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones (the best agent is kept beside them)."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    threads: int | None = None
+    """CPU threads of torch; None takes all cores. Results are bit-reproducible for one value of it."""
+
+
+class EpisodeStats:
+    """Returns and lengths of the episodes that training itself finishes, accumulated on the device."""
+
+    def __init__(self, num_envs: int, device: torch.device) -> None:
+        self.ret = torch.zeros(num_envs, device=device)
+        self.length = torch.zeros(num_envs, device=device)
+        self.sums = torch.zeros(3, device=device)
+        """Since the last `take`: sum of returns, sum of lengths, number of episodes."""
+
+    def add(self, reward: Tensor, done: Tensor) -> None:
+        """Take in one vector step: reward [N], episode ends [N]."""
+        if self.ret.shape != reward.shape:
+            self.ret, self.length = torch.zeros_like(reward), torch.zeros_like(reward)
+        self.ret += reward
+        self.length += 1
+        ended = done.to(self.ret.dtype)
+        self.sums += torch.stack([self.ret @ ended, self.length @ ended, ended.sum()])
+        self.ret *= 1 - ended
+        self.length *= 1 - ended
+
+    def take(self) -> tuple[float, float, int]:
+        """(mean return, mean length, count) of the episodes since the last call; reads the device once."""
+        ret, length, n = self.sums.tolist()
+        self.sums.zero_()
+        return (ret / n, length / n, int(n)) if n else (math.nan, math.nan, 0)
+
+
+class Stateful(Protocol):
+    """An environment that can be checkpointed: flat arrays in, flat arrays out."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the simulation needs to go on."""
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Undo `state`."""
+
+
+class EnvPart:
+    """An environment as a part of a checkpoint."""
+
+    def __init__(self, env: Stateful) -> None:
+        self.env = env
+
+    def save(self, folder: Path, previous: Path | None = None) -> None:
+        """Write the environment's arrays."""
+        arrays = {k: np.ascontiguousarray(v) for k, v in self.env.state().items()}
+        save_numpy(arrays, folder / "state.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Read them back."""
+        self.env.set_state(load_numpy(folder / "state.safetensors"))
+
+
+EnvFactory = Callable[[int, int], "VecEnv"]
+"""(num_envs, seed) -> environment."""
+
+
+class Run:
+    """Counts, logs, evaluates, checkpoints. `folder=None` keeps everything in memory and writes nothing."""
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        config: RunConfig | None = None,
+        *,
+        seed: int = 0,
+        make_eval_env: EnvFactory | None = None,
+        display: Display | None = None,
+        score: Callable[[float], float | None] = lambda _: None,
+        resume: bool = False,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.config = config or RunConfig()
+        self.seed = seed
+        self.make_eval_env = make_eval_env
+        self.display = display or Display(quiet=True)
+        self.score = score
+        """Raw return to normalised score, or None where no reference is known."""
+        self.env_steps = 0
+        self.updates = 0
+        self.progress = 0
+        """Environment steps plus updates made without any: the clock of all periods and the x axis of all plots."""
+        self.total = 0
+        self.marks = {"log": 0, "eval": 0, "checkpoint": 0}
+        self.episodes = EpisodeStats(1, torch.device("cpu"))
+        self.spent = {"collect": 0.0, "learn": 0.0, "eval": 0.0}
+        self.eval_episodes_used = 0
+        self.best = -math.inf
+        self.last_eval: Evaluation | None = None
+        self.final: dict[str, Any] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._interval = (0, 0.0, 0.0)  # env steps, collect seconds, learn seconds at the last log row
+        self._parts: dict[str, checkpoint.Part] = {}
+        self._eval_envs: dict[int, VecEnv] = {}
+        self._stop = False
+        self._saved_at = -1
+        self._restored: Path | None = None
+        self._pending_parts: set[str] = set()
+        self._rows: dict[str, IO[str]] = {}
+        self._writer: SummaryWriter | None = None
+        self._lock: IO[str] | None = None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self.display.log_to(self.folder / "console.log")
+            if resume:
+                self._restored = checkpoint.newest_intact(self.folder / "checkpoints", self.display.say)
+
+    # -------------------------------------------------------------------------------------------------- the loop
+    def begin(self, agent: Agent, *, env: VecEnv | None = None, buffer: Any = None, total: int) -> Any:
+        """Register the parts of a loop; restore what a checkpoint holds of them. Returns the observation to act on.
+
+        Called by every loop at its start, so several times in a multi-stage run: agent and counters are restored by
+        the first call, an environment or a buffer by the first call that brings it.
+        """
+        self.total = max(total, self.total)
+        self._parts = {}
+        if buffer is not None and hasattr(buffer, "save"):
+            self._parts["buffer"] = buffer
+        if env is not None and env.can_checkpoint:
+            self._parts["env"] = EnvPart(env)
+        if self._restored is not None:
+            self._restore_run(agent, self._restored)
+        if env is not None and "env" not in self._pending_parts:
+            self.episodes = EpisodeStats(env.num_envs, agent.spec.device)
+        if self.folder is not None and not self._rows:
+            self._open_logs()
+        obs = None
+        resumed_env = False
+        for name in [p for p in self._parts if p in self._pending_parts]:
+            assert self._loaded_from is not None
+            self._parts[name].load(self._loaded_from / name)
+            self._pending_parts.discard(name)
+            resumed_env |= name == "env"
+        if env is not None:
+            if resumed_env:
+                obs = env.current_obs
+            else:
+                if self.progress and not env.can_checkpoint:
+                    self.display.say(f"{env.id} cannot restore its simulator: the run goes on with fresh episodes")
+                obs, _ = env.reset(seed=derive(self.seed, "env"))
+        self.display.start(self.total, self.progress)
+        self._evaluate_if_due(agent)
+        return obs
+
+    def tick(self, agent: Agent, metrics: Sequence[Metrics], env_steps: int) -> None:
+        """After each step of a loop: `metrics` of its updates (maybe none) and the env steps it took.
+
+        Raises Diverged when a metric is not finite, Interrupted after a signal (with the checkpoint written).
+        """
+        self.env_steps += env_steps
+        self.updates += len(metrics)
+        self.progress += env_steps or len(metrics)
+        for row in metrics:
+            for name, value in row.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+                self._counts[name] = self._counts.get(name, 0) + 1
+        if self._due("log", self.period(self.config.log_every, 500)):
+            self._log(agent)
+        self._evaluate_if_due(agent)
+        every = self.period(self.config.checkpoint_every, 10)
+        if self._stop or (every and self._due("checkpoint", every)):
+            self.save(agent)
+        if self._stop:
+            raise Interrupted(self.folder)
+
+    def finish(self, agent: Agent) -> Evaluation | None:
+        """Last log row, checkpoint, final evaluation. Returns the latter (None without an evaluation environment)."""
+        if self._counts:
+            self._log(agent)
+        self.save(agent)
+        result = None
+        if self.make_eval_env is not None and self.config.final_episodes:
+            result = self._evaluate(agent, self.config.final_episodes, "final", final=True)
+            if result is None:
+                raise Interrupted(self.folder)
+            self.final = {
+                "episodes": len(result.returns),
+                "return_mean": result.mean,
+                "return_std": result.std,
+                "normalized_score": self.score(result.mean),
+                "deterministic": True,
+                "best_eval_mean": self.best if math.isfinite(self.best) else None,
+                "eval_episodes_used_total": self.eval_episodes_used,
+            }
+        self.display.stop()
+        return result
+
+    def period(self, chosen: int | None, parts: int) -> int:
+        """A configured period, or `total / parts`, at least 1; 0 stays 0 (never)."""
+        return max(self.total // parts, 1) if chosen is None else chosen
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to `spent[what]`."""
+        start = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - start
+
+    def _due(self, what: str, every: int) -> bool:
+        if every < 1:
+            return False
+        mark = self.progress // every
+        crossed, self.marks[what] = mark > self.marks[what], mark
+        return crossed
+
+    # ------------------------------------------------------------------------------------------------------ logs
+    def _log(self, agent: Agent) -> None:
+        names = list(self._sums)
+        values = torch.stack([self._sums[n].float() for n in names]).tolist() if names else []
+        row = {n: v / self._counts[n] for n, v in zip(names, values, strict=True)}
+        self._sums, self._counts = {}, {}
+        ret, length, n = self.episodes.take()
+        if n:
+            row |= {"charts/episodic_return": ret, "charts/episodic_length": length, "charts/episodes": float(n)}
+        if bad := [k for k, v in row.items() if not math.isfinite(v)]:
+            raise self.diverged(agent, bad)
+        steps, collect, learn = self._interval
+        d_steps, d_collect, d_learn = (
+            self.env_steps - steps,
+            self.spent["collect"] - collect,
+            self.spent["learn"] - learn,
+        )
+        busy = self.spent["collect"] + self.spent["learn"]
+        row |= {
+            "charts/SPS": (self.env_steps or self.updates) / busy if busy else 0.0,
+            "time/SPS_interval": d_steps / (d_collect + d_learn) if d_steps and d_collect + d_learn else 0.0,
+            "time/SPS_collect": d_steps / d_collect if d_collect else 0.0,
+            "time/SPS_learn": d_steps / d_learn if d_steps and d_learn else 0.0,
+            "time/collect_s": self.spent["collect"],
+            "time/learn_s": self.spent["learn"],
+            "time/eval_s": self.spent["eval"],
+        }
+        self._interval = (self.env_steps, self.spent["collect"], self.spent["learn"])
+        self._write("metrics", {"env_steps": self.env_steps, "updates": self.updates} | row)
+        self._scalars(row)
+        self.display.progress(self.progress, self.env_steps > 0, row, collect=d_collect, learn=d_learn)
+
+    def _write(self, log: str, row: dict[str, Any]) -> None:
+        if log in self._rows:
+            self._rows[log].write(json.dumps(row) + "\n")
+            self._rows[log].flush()
+
+    def _scalars(self, row: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, self.progress)
+            other = self.updates if self.env_steps else self.env_steps
+            self._writer.add_scalar("charts/updates" if self.env_steps else "charts/env_steps", other, self.progress)
+
+    def _open_logs(self) -> None:
+        assert self.folder is not None
+        for name in ("metrics", "eval"):
+            file = (self.folder / f"{name}.jsonl").open("a")
+            file.truncate(self._offsets.get(name, 0))  # rows after the checkpoint belong to a past that is redone
+            self._rows[name] = file
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import: only when it is wanted
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=self.progress + 1 if self.progress else None)
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+    def _evaluate_if_due(self, agent: Agent) -> None:
+        every = self.period(self.config.eval_every, 100)
+        if self.make_eval_env is None or every < 1 or self.progress // every <= self.marks["eval"]:
+            return
+        if self._stop:
+            return  # stays due: the resumed run begins with it
+        if self._evaluate(agent, self.config.eval_episodes, "eval") is not None:
+            self.marks["eval"] = self.progress // every
+
+    def _evaluate(self, agent: Agent, episodes: int, stream: str, final: bool = False) -> Evaluation | None:
+        """Evaluate and log; None, with nothing logged, if a signal came meanwhile."""
+        assert self.make_eval_env is not None
+        with self.timed("eval"):
+            if episodes not in self._eval_envs:
+                self._eval_envs[episodes] = self.make_eval_env(episodes, derive(self.seed, stream))
+            env = self._eval_envs[episodes]
+            results = {}
+            for stochastic in (False, True) if self.config.eval_stochastic else (False,):
+                result = evaluate(
+                    agent,
+                    env,
+                    episodes,
+                    seed=derive(self.seed, stream) % 2**31,
+                    stochastic=stochastic,
+                    interrupted=lambda: self._stop,
+                )
+                if result is None:
+                    return None
+                results[stochastic] = result
+        row: dict[str, float] = {}
+        for stochastic, result in results.items():
+            for i, (ret, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
+                self._write(
+                    "eval",
+                    {
+                        "env_steps": self.env_steps,
+                        "updates": self.updates,
+                        "episode": i,
+                        "return": ret,
+                        "length": length,
+                        "deterministic": not stochastic,
+                        "final": final,
+                    },
+                )
+            if not final:
+                self.eval_episodes_used += len(result.returns)
+            prefix = f"eval/{'stochastic_' if stochastic else ''}"
+            row |= {f"{prefix}return_mean": result.mean, f"{prefix}return_std": result.std}
+        main = results[False]
+        if (score := self.score(main.mean)) is not None:
+            row["eval/normalized_score"] = score
+        row["eval/episodes_used_total"] = float(self.eval_episodes_used)
+        if not final:
+            self._scalars(row)
+            self.last_eval = main
+            self.display.evaluated(self.progress, main.mean, main.std, len(main.returns), score)
+            if main.mean > self.best:
+                self.best = main.mean
+                if self.folder is not None:
+                    note = {"env_steps": self.env_steps, "updates": self.updates, "eval_return_mean": main.mean}
+                    used = {"eval_episodes_used_total": self.eval_episodes_used}
+                    checkpoint.save_agent(self.folder / "checkpoints" / "best", agent, note | used)
+        return main
+
+    # ------------------------------------------------------------------------------------------------ checkpoint
+    _offsets: dict[str, int] = {}  # noqa: RUF012 - replaced, never mutated
+    _loaded_from: Path | None = None
+
+    def save(self, agent: Agent) -> None:
+        """Write a checkpoint of this moment (once)."""
+        if self.folder is None or self._saved_at == self.progress:
+            return
+        self._refuse_non_finite(agent)
+        for file in self._rows.values():
+            file.flush()
+        state = {
+            "env_steps": self.env_steps,
+            "updates": self.updates,
+            "progress": self.progress,
+            "total": self.total,
+            "marks": self.marks,
+            "spent": self.spent,
+            "interval": list(self._interval),
+            "counts": self._counts,
+            "best": self.best if math.isfinite(self.best) else None,
+            "eval_episodes_used": self.eval_episodes_used,
+            "offsets": {k: f.tell() for k, f in self._rows.items()},
+        }
+        tensors = {f"sum.{k}": v for k, v in self._sums.items()}
+        tensors |= {"ret": self.episodes.ret, "length": self.episodes.length, "episodes": self.episodes.sums}
+        name = f"step_{self.progress:012d}"
+        snap = checkpoint.Snapshot(state, tensors)
+        checkpoint.save(self.folder / "checkpoints", name, agent, self._parts, snap, self.config.keep)
+        self._saved_at = self.progress
+
+    def _restore_run(self, agent: Agent, folder: Path) -> None:
+        snap = checkpoint.load(folder, agent)
+        s = snap.state
+        self.env_steps, self.updates, self.progress = s["env_steps"], s["updates"], s["progress"]
+        self.marks, self.spent = s["marks"], s["spent"]
+        self._interval = (int(s["interval"][0]), s["interval"][1], s["interval"][2])
+        self._counts = s["counts"]
+        self.best = -math.inf if s["best"] is None else s["best"]
+        self.eval_episodes_used = s["eval_episodes_used"]
+        self._offsets = s["offsets"]
+        self._sums = {k.removeprefix("sum."): v for k, v in snap.tensors.items() if k.startswith("sum.")}
+        self.episodes.ret, self.episodes.length = snap.tensors["ret"], snap.tensors["length"]
+        self.episodes.sums = snap.tensors["episodes"]
+        self._pending_parts = {p.name for p in folder.iterdir() if p.is_dir()}
+        self._loaded_from, self._restored, self._saved_at = folder, None, self.progress
+        if s["total"] != self.total:  # periods that are parts of the total have changed with it
+            every = {
+                "log": self.config.log_every,
+                "eval": self.config.eval_every,
+                "checkpoint": self.config.checkpoint_every,
+            }
+            parts = {"log": 500, "eval": 100, "checkpoint": 10}
+            self.marks = {k: self.progress // max(self.period(every[k], parts[k]), 1) for k in parts}
+        self.display.say(f"resumed from {folder.name}: {self.env_steps:,} env steps, {self.updates:,} updates")
+
+    def diverged(self, agent: Agent, names: Sequence[str]) -> Diverged:
+        """The error to raise when `names` are no longer finite; dumps the agent and a report beside the checkpoints."""
+        params = non_finite(agent)
+        where = f"env step {self.env_steps:,}, update {self.updates:,}"
+        message = f"{', '.join(names)} became non-finite at {where}"
+        if params:
+            message += f" (parameters affected: {', '.join(params[:4])}{', ...' if len(params) > 4 else ''})"
+        if self.folder is not None:
+            report = {
+                "metrics": list(names),
+                "parameters": params,
+                "env_steps": self.env_steps,
+                "updates": self.updates,
+            }
+            checkpoint.save_agent(self.folder / "diverged", agent, report)
+            good = checkpoint.latest(self.folder / "checkpoints")
+            message += f"; state dumped in {self.folder / 'diverged'}"
+            message += f", last good checkpoint: {good.name}" if good else ""
+        return Diverged(message)
+
+    def _refuse_non_finite(self, agent: Agent) -> None:
+        """A checkpoint must never hold a dead agent: it would be the one a resume picks."""
+        bad = non_finite(agent) + [k for k, v in self._sums.items() if not bool(v.isfinite())]
+        if bad:
+            raise self.diverged(agent, bad)
+
+    # --------------------------------------------------------------------------------------------------- signals
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a checkpoint at the next step boundary; the same signal again is not caught."""
+
+        def ask(signum: int, _: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(signum, signal.SIG_DFL if signum != signal.SIGINT else signal.default_int_handler)
+            self.display.say(f"{signal.Signals(signum).name}: writing a checkpoint at the next step boundary")
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _take_lock(self) -> None:
+        assert self.folder is not None
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UsageError(f"{self.folder} is in use by another process: wait for it, or stop it first") from e
+
+    def close(self) -> None:
+        """Close files and environments."""
+        for env in self._eval_envs.values():
+            env.close()
+        for file in self._rows.values():
+            file.close()
+        self._rows = {}
+        if self._writer is not None:
+            self._writer.close()
+        self.display.stop()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def non_finite(agent: Agent) -> list[str]:
+    """Names of parameters and buffers that hold a NaN or an infinity."""
+    return [k for k, v in agent.state_dict().items() if v.is_floating_point() and not bool(v.isfinite().all())]
