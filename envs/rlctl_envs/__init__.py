@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlctl_envs.contract import VecEnv
 from rlctl_envs.registry import UnknownTask, canonical, make, register_with_gymnasium, task_table
 
 if TYPE_CHECKING:
-    from rlctl_envs.vector import MujocoVecEnv, VecEnv
+    from rlctl_envs.vector import MujocoVecEnv
 
 __all__ = ["MujocoVecEnv", "UnknownTask", "VecEnv", "canonical", "make", "task_table"]
 
@@ -18,9 +19,9 @@ register_with_gymnasium()
 
 
 def __getattr__(name: str) -> Any:
-    # The classes load MuJoCo; a listing of the tasks should not have to.
-    if name in ("VecEnv", "MujocoVecEnv"):
-        from rlctl_envs import vector
+    # Loads MuJoCo, which a listing of the tasks should not have to.
+    if name == "MujocoVecEnv":
+        from rlctl_envs.vector import MujocoVecEnv
 
-        return getattr(vector, name)
+        return MujocoVecEnv
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

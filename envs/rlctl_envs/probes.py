@@ -21,7 +21,7 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlctl_envs.vector import EnvState, StepResult, VecEnv, check_state, rng_from_array, rng_to_array
+from rlctl_envs.contract import EnvState, StepResult, VecEnv, check_state, rng_from_array, rng_to_array
 
 
 class ProbeEnv(VecEnv):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import torch
 
+from rlctl_envs.contract import VecEnv
 from rlctl_envs.tasks import TASKS, build_task
 
 if TYPE_CHECKING:
     from rlctl_envs.engines import Backend, Physics
-    from rlctl_envs.vector import VecEnv
 
 ENTRY_POINT_GROUP = "rlctl.envs"
 """A package adds an environment by an entry point of this group: name -> factory(num_envs, **kwargs) -> VecEnv."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 import signal
 from typing import Any, NoReturn
@@ -11,13 +12,13 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError
+from gymnasium.error import AlreadyPendingCallError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import FlattenObservation
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlctl_envs.vector import ActionScale, StepResult, VecEnv
+from rlctl_envs.contract import ActionScale, StepResult, VecEnv
 
 
 class GymnasiumVecEnv(VecEnv):
@@ -173,11 +174,9 @@ class GymnasiumVecEnv(VecEnv):
             # Gymnasium logs the worker's traceback and raises its exception here.
             named = ", ".join(f"worker {i}" for i, _ in dead) or "a worker"
             cause = f"{named} raised {type(error).__name__}: {error}"
-        try:
-            self._envs.close(terminate=True)
-        except (OSError, EOFError, ClosedEnvironmentError, AttributeError):
-            for process in self._envs.processes:
-                process.kill()
+        for process in self._envs.processes:
+            process.kill()
+        self._envs.closed = True  # nothing left for Gymnasium to close
         self.closed = True
         raise RuntimeError(
             f"{self.id}: {cause}. The environment is closed. Run with workers=None to see the error where it "
@@ -222,7 +221,10 @@ def _action_bounds(env_id: str, space: spaces.Space[Any]) -> tuple[NDArray[np.fl
 
 def _episode_len(env_id: str, given: int | None) -> int:
     """The time limit in steps: given, or registered with the id."""
-    limit = given if given is not None else gymnasium.spec(env_id).max_episode_steps
+    module, _, registered = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    limit = given if given is not None else gymnasium.spec(registered).max_episode_steps
     if limit is None:
         raise ValueError(f"{env_id} is registered without a time limit: pass episode_len=STEPS.")
     return limit

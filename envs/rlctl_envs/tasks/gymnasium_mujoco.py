@@ -398,13 +398,13 @@ class HumanoidStandup(_HumanoidBody):
 
     Observation: see `_HumanoidBody`. Reward: z / timestep - 0.1 |ctrl|^2 - min(10, 5e-7 |contact forces|^2) + 1
     (Gymnasium divides by the physics time step, not by dt). Never terminates.
+    Gymnasium's `uph_cost_weight` is not offered: its own reward never reads it.
     Source: gymnasium.envs.mujoco.humanoidstandup_v5.
     """
 
     xml: ClassVar[str] = "humanoidstandup.xml"
     summary: ClassVar[str] = "stand up from lying down; never ends early"
 
-    uph_cost_weight: float = 1.0
     impact_cost_weight: float = 0.5e-6
     impact_cost_range: tuple[float, float] = (-math.inf, 10.0)
     _timestep: float = field(init=False, default=0.0)
@@ -416,7 +416,7 @@ class HumanoidStandup(_HumanoidBody):
 
     def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Torso height over the time step, less control and impact costs, plus one."""
-        reward = s.qpos[:, 2] * self.uph_cost_weight / self._timestep
+        reward = s.qpos[:, 2] / self._timestep
         reward -= self.ctrl_cost_weight * xp.sum(s.ctrl * s.ctrl)
         reward -= xp.clip(self.impact_cost_weight * self._squared_contact_forces(xp, s), *self.impact_cost_range)
         reward += 1.0
