@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
             continue
         assert isinstance(tree.body[0], ast.ClassDef)
         body = tree.body[0].body
-        for field, text in zip(body, body[1:], strict=False):
+        for field, text in itertools.pairwise(body):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)

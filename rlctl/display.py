@@ -90,7 +90,8 @@ class Display:
         """An evaluation during training has ended."""
         self._latest_eval = f"{mean:.1f}"
         normalized = "" if score is None else f"  (normalised {score:.1f})"
-        line = f"{progress:>12,} / {self._total:,}  evaluation: {mean:.1f} ± {std:.1f} over {episodes} episodes{normalized}"
+        result = f"{mean:.1f} ± {std:.1f} over {episodes} episodes{normalized}"
+        line = f"{progress:>12,} / {self._total:,}  evaluation: {result}"
         now = time.monotonic()
         if now - self._last_line >= PLAIN_PERIOD or progress >= self._total:
             self._last_line = now

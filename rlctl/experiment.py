@@ -231,7 +231,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
         agent = agents.make(settings.cls, spec, cfg)
         _announce(display, settings, folder, device, why, env_id, agent)
         job = Job(agent, env, data, run, cfg, settings.seed)
-        schedule = agent.schedule or SCHEDULES[agent.regime]
+        schedule = settings.cls.schedule or SCHEDULES[settings.cls.regime]
         with run.stop_on_signals():
             try:
                 schedule(job)

@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply `fn` to every tensor, those of `extra` included."""
-        return Batch(*[fn(x) for x in self[:6]], extra={k: fn(x) for k, x in self.extra.items()})
+        return Batch._make([*[fn(x) for x in self[:6]], {k: fn(x) for k, x in self.extra.items()}])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; those of `extra` as `extra.NAME`."""
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     def from_tensors(cls, named: dict[str, Tensor]) -> Batch:
         """Undo `tensors`."""
         extra = {k.removeprefix("extra."): x for k, x in named.items() if k.startswith("extra.")}
-        return cls(*[named[k] for k in cls._fields[:6]], extra=extra)
+        return cls._make([*[named[k] for k in cls._fields[:6]], extra])
 
 
 class Buffer(Protocol):

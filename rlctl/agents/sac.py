@@ -67,7 +67,10 @@ class SAC(Agent):
         return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
 
     def critic_loss(self, b: Batch) -> Tensor:
-        """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) (min_j Q_lagged_j(s', a') - alpha log pi(a'|s'))."""
+        """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) (min_j Q_lagged_j(s', a') - alpha log pi).
+
+        a' is a fresh draw from the current policy at s', log pi its log-density.
+        """
         with torch.no_grad():
             next_action, logp = self.pi(b.next_obs).sample_log_prob(generator=self.rng["sample"])
             soft_v = self.q_lagged(b.next_obs, next_action).amin(0) - self.log_alpha.exp() * logp

@@ -8,6 +8,7 @@ and 100.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Metrics, Spec
+from rlctl.types import Agent, Batch, Metrics, Regime, Spec
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class TD3Config(OffPolicyConfig):
 class TD3(Agent):
     """Twin critics, deterministic actor, delayed policy updates, target-policy smoothing."""
 
-    regime = "off_policy"
-    Config = TD3Config
+    regime: ClassVar[Regime] = "off_policy"
+    Config: ClassVar[type[Any]] = TD3Config
     cfg: TD3Config
 
     def __init__(self, spec: Spec, cfg: TD3Config | None = None) -> None:
@@ -69,7 +70,7 @@ class TD3(Agent):
         return action, {}
 
     def smoothed_action(self, next_obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """clip(pi_lagged(s') + clip(policy_noise * noise)): the action of the backup; `noise` [B, A] standard normal."""
+        """The action of the backup: clip(pi_lagged(s') + clip(policy_noise * noise)), `noise` [B, A] standard normal."""
         action = self.pi_lagged(next_obs)
         if noise is None:
             noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)

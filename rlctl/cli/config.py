@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,23 +23,23 @@ def config(
 
     cls = agents.get(algo)
     tuned = experiment.packaged(algo, rlctl_envs.canonical(env)) if env else {}
-    sections = {
-        "": (cls.Config, build(cls.Config, tuned.get("agent", {}), f"the config of {algo}")),
-        "run.": (RunConfig, build(RunConfig, tuned.get("run", {}), "the section run")),
-    }
+    sections: list[tuple[str, type[Any], Any]] = [
+        ("", cls.Config, build(cls.Config, tuned.get("agent", {}), f"the config of {algo}")),
+        ("run.", RunConfig, build(RunConfig, tuned.get("run", {}), "the section run")),
+    ]
     rows = []
-    for prefix, (config_cls, cfg) in sections.items():
+    for prefix, config_cls, cfg in sections:
         docs, values = field_docs(config_cls), as_plain(cfg)
         default = as_plain(config_cls())
-        for f in fields(config_cls):
-            rows.append(
-                {
-                    "key": prefix + f.name,
-                    "value": values[f.name],
-                    "default": default[f.name],
-                    "meaning": docs.get(f.name, ""),
-                }
-            )
+        rows += [
+            {
+                "key": prefix + f.name,
+                "value": values[f.name],
+                "default": default[f.name],
+                "meaning": docs.get(f.name, ""),
+            }
+            for f in fields(config_cls)
+        ]
     if json_:
         print_json({"algo": algo, "env": env, "settings": rows})
         return

@@ -50,7 +50,8 @@ def train(
     Settings come from, weakest first: the algorithm's defaults, the tuned config shipped for the task, --config, --set,
     and the other options. `rlctl config ALGO` lists every setting with its meaning.
 
-    Ctrl-C (or SIGTERM) writes a checkpoint and exits with 75; `rlctl resume RUN_DIR` goes on as if nothing had happened.
+    Ctrl-C (or SIGTERM) writes a checkpoint and exits with 75; `rlctl resume RUN_DIR` goes on as if nothing had
+    happened.
 
     [bold]Examples[/bold]
 

@@ -164,10 +164,8 @@ class Mix:
             return self.fixed.sample(n)
         a, b = self.fixed.sample(k), self.ring.sample(n - k)
         shared = a.extra.keys() & b.extra.keys()
-        return Batch(
-            *[torch.cat([x, y]) for x, y in zip(a[:6], b[:6], strict=True)],
-            extra={name: torch.cat([a.extra[name], b.extra[name]]) for name in shared},
-        )
+        core = [torch.cat([x, y]) for x, y in zip(a[:6], b[:6], strict=True)]
+        return Batch._make([*core, {name: torch.cat([a.extra[name], b.extra[name]]) for name in shared}])
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Checkpoint the ring (and the sampling generator of the fixed source, if it has one)."""
