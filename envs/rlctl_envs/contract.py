@@ -34,7 +34,7 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
       of the old one. Elsewhere the two agree.
     - `terminated` and `truncated` may both be True; only `terminated` stops bootstrapping.
     - Returned tensors are never overwritten by a later step. They may share memory among each other (`next_obs` is
-      `obs` when no episode ended) and with `current_obs`: copy before writing into one.
+      `obs` when no episode ended, `_final_obs` may be `terminated`) and with `current_obs`: copy before writing.
     - `state` and `set_state`, where `can_checkpoint`, continue a run bit for bit.
     """
 
@@ -149,7 +149,9 @@ class ActionScale:
     def __call__(self, action: Any) -> NDArray[Any]:
         """Return actions [N, A] in simulator units, valid until the next call. Raises ValueError."""
         if isinstance(action, Tensor):
-            action = action.detach().cpu().numpy()
+            if action.requires_grad or not action.is_cpu:
+                action = action.detach().cpu()
+            action = action.numpy()
         elif not isinstance(action, np.ndarray):
             action = np.asarray(action)
         env = self._env

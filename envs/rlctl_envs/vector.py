@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from rlctl_envs.tasks import NUMPY, Task
 __all__ = ["EnvState", "MujocoVecEnv", "StepResult", "VecEnv"]
 
 _log = logging.getLogger(__name__)
+
+_ONE = np.ones((), dtype=np.int64)
 
 
 class MujocoVecEnv(VecEnv):
@@ -74,8 +77,14 @@ class MujocoVecEnv(VecEnv):
         self.engine = make_engine(task, model, self.num_envs, threads, backend)
         low, high = model.actuator_ctrlrange.T
         self._scale = ActionScale(self, low, high)
+        self._forward = bool(task.derived)  # a reset computes derived fields only where they are read
         self._qpos0, self._qvel0 = np.array(model.qpos0), np.zeros(model.nv)
-        self._on_cpu = self.device.type == "cpu"
+        # On the CPU a tensor shares the array's memory.
+        self._tensor: Callable[[NDArray[Any]], Tensor] = (
+            torch.from_numpy if self.device.type == "cpu" else self._to_device
+        )
+        self._casts = self._np_dtype != np.float64
+        self._terminates = task.terminates
         self._clock = np.zeros(self.num_envs, dtype=np.int64)
         # Steps until some episode can reach its limit: spares the test on every other step.
         self._steps_to_limit = self.episode_len
@@ -108,10 +117,14 @@ class MujocoVecEnv(VecEnv):
 
     def step(self, actions: Tensor | NDArray[Any]) -> StepResult:
         """Advance every environment by one step; see `VecEnv`."""
-        last_obs = self._require_obs()
+        # At one environment this method costs as much as some tasks' physics, hence a few liberties: constants as
+        # arrays (a ufunc converts a Python number anew every time), and work skipped while nothing can have ended.
+        last_obs = self._obs
+        if last_obs is None:
+            last_obs = self._require_obs()
         task, sim, n = self.task, self.engine.sim, self.num_envs
         action = self._scale(actions)
-        sim.ctrl[:] = action
+        sim.ctrl[...] = action
         diverged = self.engine.step(task.frame_skip)
 
         obs = np.empty((n, self.obs_dim), self._np_dtype)
@@ -120,38 +133,37 @@ class MujocoVecEnv(VecEnv):
         healthy = task.healthy(NUMPY, sim)
         reward = task.reward(NUMPY, sim, action, self._progress, progress, healthy)
         self._progress = progress
-        if self._np_dtype != np.float64:
+        if self._casts:
             reward = reward.astype(self._np_dtype)
 
-        terminated = np.logical_not(healthy) if task.terminates else np.zeros(n, dtype=np.bool_)
+        terminated = np.logical_not(healthy) if self._terminates else np.zeros(n, np.bool_)
         np.isfinite(sim.state, out=self._finite)
         if diverged is not None or np.count_nonzero(self._finite) != self._finite.size:
             self._end_diverged(diverged, last_obs, obs, reward, terminated)
 
-        self._clock += 1
+        np.add(self._clock, _ONE, out=self._clock)
         self._steps_to_limit -= 1
-        if self._steps_to_limit <= 0:
+        if self._steps_to_limit > 0:
+            truncated, done = np.zeros(n, np.bool_), terminated
+        else:
             truncated = self._clock >= self.episode_len
             done = terminated | truncated
             self._steps_to_limit = self.episode_len - int(self._clock[~done].max(initial=0))
-        else:
-            truncated = np.zeros(n, dtype=np.bool_)
-            done = terminated.copy()
 
-        next_obs = obs
+        obs_tensor = next_tensor = self._tensor(obs)
         if np.count_nonzero(done):
-            obs = next_obs.copy()
-            self._restart(np.flatnonzero(done).astype(np.int32), obs)
+            obs = obs.copy()
+            self._restart(done.nonzero()[0], obs)
+            obs_tensor = self._tensor(obs)
         self._obs = obs
-
-        next_tensor = self._tensor(next_obs)
-        obs_tensor = next_tensor if obs is next_obs else self._tensor(obs)
+        terminated_tensor = self._tensor(terminated)
+        done_tensor = terminated_tensor if done is terminated else self._tensor(done)
         return (
             obs_tensor,
             self._tensor(reward),
-            self._tensor(terminated),
+            terminated_tensor,
             self._tensor(truncated),
-            {"next_obs": next_tensor, "final_obs": next_tensor, "_final_obs": self._tensor(done)},
+            {"next_obs": next_tensor, "final_obs": next_tensor, "_final_obs": done_tensor},
         )
 
     def state(self) -> EnvState:
@@ -197,30 +209,27 @@ class MujocoVecEnv(VecEnv):
         if self.closed:
             raise RuntimeError(f"{self.id}: the environment is closed.")
 
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        """The array as a tensor on `device`, sharing memory on the CPU."""
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_cpu else tensor.to(self.device)
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        """The array as a tensor on a device that is not the CPU."""
+        return torch.from_numpy(array).to(self.device)
 
-    def _restart(self, ids: NDArray[np.int32], obs: NDArray[Any]) -> None:
+    def _restart(self, ids: NDArray[np.integer[Any]], obs: NDArray[Any]) -> None:
         """Begin new episodes in simulations `ids` [K] and write their observations into the rows of `obs` [N, O]."""
         task, engine = self.task, self.engine
         qpos, qvel = task.sample_start(NUMPY, self.np_random, len(ids), self._qpos0, self._qvel0)
-        engine.reset(ids, qpos, qvel, forward=bool(task.derived))
-        self._clock[ids] = 0
+        engine.reset(ids.astype(np.int32), qpos, qvel, self._forward)
         if len(ids) == self.num_envs:
-            rows, sim = obs, engine.sim
+            self._clock[...] = 0
             self._steps_to_limit = self.episode_len
-        else:
-            rows, sim = np.empty((len(ids), self.obs_dim), obs.dtype), engine.sim.rows(ids)
-        task.write_obs(NUMPY, sim, rows)
-        progress = task.progress(NUMPY, sim)
-        if rows is obs:
-            self._progress = progress
+            task.write_obs(NUMPY, engine.sim, obs)
+            self._progress = task.progress(NUMPY, engine.sim)
             return
+        self._clock[ids] = 0
+        sim, rows = engine.sim.rows(ids), np.empty((len(ids), self.obs_dim), self._np_dtype)
+        task.write_obs(NUMPY, sim, rows)
         obs[ids] = rows
-        if progress is not None and self._progress is not None:
-            self._progress[ids] = progress
+        if self._progress is not None:
+            self._progress[ids] = task.progress(NUMPY, sim)
 
     def _end_diverged(
         self,

@@ -38,8 +38,9 @@ class Engine(Protocol):
         """
 
     def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool) -> None:
-        """Put simulations `ids` [K] at rest in the given state [K, nq], [K, nv], warm start and forces cleared.
+        """Put simulations `ids` [K] into the given state [K, nq], [K, nv], with warm start and forces cleared.
 
+        `ids` is contiguous and ascending.
         `forward` computes the derived fields at that state.
         """
 

@@ -154,11 +154,14 @@ class BatchEngine:
 
     def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool) -> None:
         """Put simulations at rest in a given state; see `Engine.reset`."""
-        ids = np.ascontiguousarray(ids, dtype=np.int32)
         address, count = ids.ctypes.data, len(ids)
         self._lib.mjb_reset(self._batch, address, count, None, _STAGE_NONE)
-        self.sim.qpos[ids] = qpos
-        self.sim.qvel[ids] = qvel
+        if count == self.num_envs:  # all, in order: no need to gather
+            self.sim.qpos[...] = qpos
+            self.sim.qvel[...] = qvel
+        else:
+            self.sim.qpos[ids] = qpos
+            self.sim.qvel[ids] = qvel
         if forward:
             # Contact forces stay zero, as after Gymnasium's reset.
             self._lib.mjb_forward(self._batch, address, count, _STAGE_ACC)

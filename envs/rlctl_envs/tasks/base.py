@@ -34,7 +34,13 @@ class SimState:
 
     def rows(self, ids: Array) -> SimState:
         """Copy the simulations `ids` (integer array [K]) into a state of their own."""
-        return SimState(*(None if x is None else x[ids] for x in (getattr(self, f.name) for f in fields(self))))
+        state = self.state[ids]
+        nq = self.qpos.shape[1]
+        derived = {name: None if (x := getattr(self, name)) is None else x[ids] for name in _DERIVED}
+        return SimState(qpos=state[:, :nq], qvel=state[:, nq:], state=state, ctrl=self.ctrl[ids], **derived)
+
+
+_DERIVED = tuple(f.name for f in fields(SimState))[4:]
 
 
 class Draws(Protocol):

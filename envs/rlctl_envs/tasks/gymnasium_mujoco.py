@@ -23,9 +23,9 @@ from rlctl_envs.tasks.base import Draws, SimState, Task, closed, inside, open_bo
 
 def _uniform_start(draws: Draws, n: int, qpos0: Array, qvel0: Array, scale: float) -> tuple[Array, Array]:
     """Both positions and velocities moved by uniform noise in [-scale, scale]."""
-    qpos = qpos0 + draws.uniform(-scale, scale, (n, len(qpos0)))
-    qvel = qvel0 + draws.uniform(-scale, scale, (n, len(qvel0)))
-    return qpos, qvel
+    nq = len(qpos0)
+    noise = draws.uniform(-scale, scale, (n, nq + len(qvel0)))
+    return qpos0 + noise[:, :nq], qvel0 + noise[:, nq:]
 
 
 def _normal_start(draws: Draws, n: int, qpos0: Array, qvel0: Array, scale: float) -> tuple[Array, Array]:
