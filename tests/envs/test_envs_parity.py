@@ -86,16 +86,14 @@ def test_settings_match_gymnasium(name: str) -> None:
         )
         if hasattr(TASKS[name], key)
     }  # fmt: skip
-    for key in (
-        "exclude_current_positions_from_observation",
-        "terminate_when_unhealthy",
-        "include_cvel_in_observation",
-    ):
-        if hasattr(TASKS[name], key):
-            settings[key] = False
-    for key, value in (("healthy_z_range", (0.5, 1.2)), ("contact_force_range", (-0.5, 0.7))):
-        if hasattr(TASKS[name], key):
-            settings[key] = value
+    others = {
+        "exclude_current_positions_from_observation": False,
+        "terminate_when_unhealthy": False,
+        "include_cvel_in_observation": False,
+        "healthy_z_range": (0.5, 1.2),
+        "contact_force_range": (-0.5, 0.7),
+    }
+    settings.update((key, value) for key, value in others.items() if hasattr(TASKS[name], key))
     if not settings:
         pytest.skip("nothing to set but the noise")
     theirs = gymnasium.make(f"{name}-v5", disable_env_checker=True, **settings)
