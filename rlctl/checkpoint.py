@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, without a single pickle.
 
     checkpoints/step_000100000/
-      manifest.json          format, counters, package versions, SHA-256 of every file
+      manifest.json          format, counters, package versions, SHA-256 of every file and of itself
       agent.safetensors      parameters and buffers (normalisers included)
       optim.safetensors      Adam moments; their hyperparameters are in the manifest
       rng.safetensors        generators of the agent and torch's global one
@@ -93,6 +93,7 @@ def save(root: Path, name: str, agent: Agent, parts: Mapping[str, Part], snap: S
         "state": snap.state,
         "files": _hashes(temp, previous, old_manifest),
     }
+    manifest["digest"] = _digest(manifest)
     (temp / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in temp.rglob("*"):
         _sync_file(file)
@@ -119,22 +120,48 @@ def latest(root: Path) -> Path | None:
 
 
 def newest_intact(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files match their hashes; says through `warn` which ones it had to pass over."""
+    """The newest checkpoint whose files match their hashes, None if nothing was ever saved.
+
+    Says through `warn` which ones it had to pass over and sets them aside as `damaged-*`, so that no later checkpoint
+    links to their files. UsageError, with everything left in place, if there are checkpoints and none is intact.
+    """
     first = latest(root)
-    older = [p.parent for p in sorted(root.glob("step_*/manifest.json"), reverse=True)]
-    for folder in ([first] if first else []) + [p for p in older if p != first]:
+    others = sorted((p for p in root.glob("step_*") if p.is_dir() and p != first), reverse=True)
+    passed: list[Path] = []
+    for folder in ([first] if first else []) + others:
         bad = damaged(folder)
         if not bad:
+            for p in passed:
+                aside = root / f"damaged-{p.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                p.rename(aside)
+            if passed:
+                write_atomically(root / "latest", folder.name)
             return folder
         warn(f"checkpoint {folder.name} is damaged ({', '.join(bad)}); trying the one before")
+        passed.append(folder)
+    if passed:
+        raise UsageError(f"every checkpoint in {root} is damaged: train anew, or restore one from a backup")
     return None
+
+
+def progress(root: Path) -> int:
+    """Steps made at the newest checkpoint under `root`; 0 if there is none that can be read."""
+    folder = latest(root)
+    try:
+        return 0 if folder is None else int(json.loads((folder / "manifest.json").read_text())["state"]["progress"])
+    except (ValueError, KeyError):
+        return 0
 
 
 def damaged(folder: Path) -> list[str]:
     """Files of a checkpoint that are missing or differ from their recorded hash."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, digest = manifest["files"], manifest.pop("digest", None)
     except (OSError, ValueError, KeyError):
+        return ["manifest.json"]
+    if digest is not None and digest != _digest(manifest):
         return ["manifest.json"]
     return [name for name, digest in files.items() if not (folder / name).is_file() or _sha256(folder / name) != digest]
 
@@ -144,6 +171,8 @@ def load(folder: Path, agent: Agent) -> Snapshot:
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["format"] != FORMAT:
         raise UsageError(f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
+    if manifest["agent"] != type(agent).__name__:
+        raise UsageError(f"{folder} holds an agent of class {manifest['agent']}, not {type(agent).__name__}")
     load_agent(folder, agent)
     unpack_optimizers(agent, load_file(folder / "optim.safetensors"), manifest["optim"])
     agent.counters.update(manifest["counters"])
@@ -217,6 +246,10 @@ def _hashes(folder: Path, previous: Path | None, old: dict[str, Any] | None) -> 
         linked = previous is not None and (previous / name).exists() and file.samefile(previous / name)
         out[name] = known if linked and known is not None else _sha256(file)
     return out
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

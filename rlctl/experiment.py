@@ -140,13 +140,16 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
 def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
     """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
     settings = read_settings(folder)
+    done = read_json(folder / "run.json").get("status") == "done"
+    if done and steps is None:
+        raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:
+        made = checkpoint.progress(folder / "checkpoints")
+        if steps <= made and (done or steps != settings.agent.steps):
+            raise UsageError(f"{folder} has made {made:,} steps already: --steps is the new total, give a larger one")
         plain = settings.plain()
         plain["agent"]["steps"] = steps
         settings = resolve(None, [plain])
-        checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
-    elif read_json(folder / "run.json").get("status") == "done":
-        raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     return _carry_out(settings, folder, resume=True, quiet=quiet)
 
 
@@ -204,6 +207,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
     env: VecEnv | None = None
     data: Dataset | None = None
     run: Run | None = None
+    refused = False
     try:
         env, data, env_id, spec = _sources(settings, device)
         cfg = settings.agent
@@ -213,13 +217,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             assert env_id is not None
             return rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=settings.run.threads, **options)
 
-        _record(
-            folder,
-            settings,
-            {"status": "running", "error": None, "spec": _dims(spec), "eval_env": env_id},
-            begin=not resume,
-        )
-        run = Run(
+        run = Run(  # first of all, for it takes the lock: nothing below may touch a run that is somebody else's
             folder,
             settings.run,
             seed=settings.seed,
@@ -227,6 +225,13 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             display=display,
             score=lambda ret: normalized_score(settings.data or env_id or "", ret),
             resume=resume,
+        )
+        checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
+        _record(
+            folder,
+            settings,
+            {"status": "running", "error": None, "spec": _dims(spec), "eval_env": env_id},
+            begin=not resume,
         )
         agent = agents.make(settings.cls, spec, cfg)
         _announce(display, settings, folder, device, why, env_id, agent)
@@ -248,7 +253,9 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
         _record(folder, settings, {"status": "preempted", "error": str(e)})
         raise
     except BaseException as e:
-        if folder.exists():
+        # a request that was refused before the first step leaves nothing behind
+        refused = isinstance(e, (ValueError, MemoryError)) and not resume and (run is None or run.progress == 0)
+        if run is not None:
             _record(folder, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
     finally:
@@ -256,6 +263,8 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             run.close()
         if env is not None:
             env.close()
+        if refused:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources(s: Settings, device: torch.device) -> tuple[VecEnv | None, Dataset | None, str | None, Spec]:

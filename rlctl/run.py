@@ -113,7 +113,7 @@ class EnvPart:
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Write the environment's arrays."""
-        arrays = {k: np.ascontiguousarray(v) for k, v in self.env.state().items()}
+        arrays = {k: np.asarray(v, order="C") for k, v in self.env.state().items()}  # keeps 0-d arrays 0-d
         save_numpy(arrays, folder / "state.safetensors")
 
     def load(self, folder: Path) -> None:
@@ -212,6 +212,9 @@ class Run:
                 obs, _ = env.reset(seed=derive(self.seed, "env"))
         self.display.start(self.total, self.progress)
         self._evaluate_if_due(agent)
+        if self._stop:  # an evaluation that was due and is not made stays due at this very step
+            self.save(agent)
+            raise Interrupted(self.folder)
         return obs
 
     def tick(self, agent: Agent, metrics: Sequence[Metrics], env_steps: int) -> None:

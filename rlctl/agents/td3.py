@@ -70,7 +70,7 @@ class TD3(Agent):
         return action, {}
 
     def smoothed_action(self, next_obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The action of the backup: clip(pi_lagged(s') + clip(policy_noise * noise)), `noise` [B, A] standard normal."""
+        """The action of the backup: clip(pi_lagged(s') + clip(policy_noise * noise)), noise [B, A] standard normal."""
         action = self.pi_lagged(next_obs)
         if noise is None:
             noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)

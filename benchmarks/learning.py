@@ -1,0 +1,150 @@
+"""Learning evidence: gather finished runs into small result files, draw their curves, print the table.
+
+    python benchmarks/learning.py record RUN_DIR ...      # runs of rlctl -> benchmarks/results/learning/*.json
+    python benchmarks/learning.py report                  # those files -> curves.png and the table in Markdown
+
+One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
+evaluation, the commit and the wall-clock; hardware, versions and physics once. Published figures live in `PUBLISHED`,
+with their source; they are other task versions and budgets where it says so, and never averaged with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import RESULTS
+
+FOLDER = RESULTS / "learning"
+
+PUBLISHED = {
+    ("ppo", "Hopper-v5"): "1M: CleanRL v4 2383±272, baselines v2 2159±303, Tianshou v3 2609±701 (max over training)",
+    (
+        "ppo",
+        "HalfCheetah-v5",
+    ): "1M: CleanRL v4 1443±46, baselines v2 1429±62, Tianshou v3 5784±1244 (max over training)",
+    ("ppo", "Walker2d-v5"): "1M: CleanRL v4 2288±572, baselines v2 3356±323, Tianshou v3 3589±757 (max over training)",
+    ("sac", "HalfCheetah-v5"): "1M (ours: 200k): CleanRL v4 9635±1424, SB3 zoo v3 9535±100",
+    ("sac", "Hopper-v5"): "1M (ours: 200k): CleanRL v4 2310±343, SB3 zoo v3 2326±1130",
+    ("td3", "HalfCheetah-v5"): "1M (ours: 200k): CleanRL v4 9583",
+    ("td3", "Hopper-v5"): "1M (ours: 200k): CleanRL v4 3135",
+    ("td3bc", "Hopper-v5"): "other data (D4RL hopper-medium-v2, 1M updates): CORL last 60.4 normalised",
+}
+
+
+def record(folders: list[Path]) -> None:
+    """Merge finished runs into their result files."""
+    for folder in folders:
+        run = json.loads((folder / "run.json").read_text())
+        if run["status"] != "done":
+            sys.exit(f"{folder} is {run['status']}, not done")
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        env = run["eval_env"]
+        episodes: dict[int, list[float]] = defaultdict(list)
+        x = "updates" if run["data"] else "env_steps"
+        for line in (folder / "eval.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if not row["final"] and row["deterministic"]:
+                episodes[row[x]].append(row["return"])
+        session = run["sessions"][-1]
+        seed = {
+            "final": run["final"],
+            "curve": [[step, round(statistics.fmean(rets), 1)] for step, rets in sorted(episodes.items())],
+            "git": session["git"],
+            "started": run["started"],
+            "seconds": {k: round(v) for k, v in run["spent_s"].items()},
+        }
+        shared = {
+            "algo": run["algo"],
+            "env": env,
+            "data": run["data"],
+            "steps": config["agent"]["steps"],
+            "physics": run["physics"],
+            "config_key": run["config_key"],
+            "agent": config["agent"],
+            "machine": {k: v for k, v in session["machine"].items() if k != "host"},
+            "versions": session["versions"],
+            "torch_threads": config["run"]["threads"] or session["torch_threads"],
+        }
+        merge(f"{run['algo']}-{env}-{run['config_key']}", shared, run["seed"], seed)
+
+
+def merge(name: str, shared: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
+    """Add one seed to the result file `name`."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file = FOLDER / f"{name}.json"
+    seeds = json.loads(file.read_text())["seeds"] if file.exists() else {}
+    seeds[str(seed)] = result
+    ordered = dict(sorted(seeds.items(), key=lambda kv: int(kv[0])))
+    file.write_text(json.dumps(shared | {"seeds": ordered}, separators=(",", ":")) + "\n")
+    print(f"{file}: {len(seeds)} seeds")
+
+
+def spread(values: list[float]) -> str:
+    """mean ± std over seeds; a single value stands alone."""
+    if len(values) == 1:
+        return f"{values[0]:.0f}"
+    return f"{statistics.fmean(values):.0f} ± {statistics.stdev(values):.0f}"
+
+
+def report() -> None:
+    """Print the table and draw the curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
+    print("| algorithm | task | steps | seeds | final return, mean ± std over seeds | each seed | published |")
+    print("|---|---|---|---|---|---|---|")
+    for r in files:
+        finals = [s["final"]["return_mean"] for s in r["seeds"].values()]
+        each = ", ".join(f"{v:.0f}" for v in finals)
+        reference = PUBLISHED.get((r["algo"], r["env"]), "")
+        task = r["env"] + (f", data {r['data']}" if r["data"] else "")
+        print(f"| {r['algo']} | {task} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
+    panels: dict[str, list[Any]] = defaultdict(list)
+    for r in files:
+        panels[f"{r['env']}, {r['steps'] // 1000}k " + ("updates" if r["data"] else "steps")].append(r)
+    cols = 3
+    rows = -(-len(panels) // cols)
+    fig, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3.6 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, results) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for i, r in enumerate(results):
+            for k, s in enumerate(r["seeds"].values()):
+                xs, ys = zip(*s["curve"], strict=True)
+                label = f"{r['algo']} ({len(r['seeds'])} seeds)" if k == 0 else None
+                ax.plot(xs, ys, color=f"C{i}", lw=1, alpha=0.8, label=label)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("gradient steps" if "updates" in title else "environment steps")
+        ax.set_ylabel("evaluation return")
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=8)
+    fig.savefig(FOLDER / "curves.png", dpi=90)
+    print(f"\ncurves: {FOLDER / 'curves.png'}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("record", help="gather finished runs").add_argument("runs", nargs="+", type=Path)
+    verbs.add_parser("report", help="table and curves")
+    args = parser.parse_args()
+    if args.verb == "record":
+        record(args.runs)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
