@@ -182,3 +182,46 @@ def test_islands_off_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
     without = rollout()
     monkeypatch.setattr(TASKS[name], "islands", True)
     assert torch.equal(rollout(), without)
+
+
+@pytest.mark.parametrize("name", ["Hopper", "Walker2d", "Ant", "Humanoid"])
+def test_health_at_its_bounds(name: str) -> None:
+    """The health test agrees with Gymnasium's exactly at, and a rounding step beside, every bound."""
+    theirs: Any = gymnasium.make(f"{name}-v5", disable_env_checker=True).unwrapped
+    theirs.reset(seed=0)
+    task = TASKS[name]()
+    task.bind(theirs.model)
+    height = 2 if name in ("Ant", "Humanoid") else 1
+    bounds = [(height, z) for z in (0.2, 0.7, 0.8, 1.0, 2.0)]
+    if height == 1:
+        bounds += [(2, angle) for angle in (-1.0, -0.2, 0.2, 1.0)] + [(4, 100.0), (4, -100.0)]
+        bounds += [(theirs.model.nq + 1, 100.0), (theirs.model.nq, -100.0), (0, 1e6)]
+    base = np.concatenate([theirs.init_qpos, 0 * theirs.init_qvel])
+    base[height] = {"Hopper": 1.2, "Walker2d": 1.2, "Ant": 0.6, "Humanoid": 1.4}[name]
+    answers = set()
+    for column, bound in bounds:
+        for value in (bound, np.nextafter(bound, -np.inf), np.nextafter(bound, np.inf)):
+            state = base.copy()
+            state[column] = value
+            theirs.data.qpos[:], theirs.data.qvel[:] = state[: theirs.model.nq], state[theirs.model.nq :]
+            sim = SimState(
+                qpos=state[None, : theirs.model.nq], qvel=state[None, theirs.model.nq :], state=state[None], ctrl=None
+            )
+            assert bool(task.healthy(NUMPY, sim)[0]) == bool(theirs.is_healthy), (column, value)
+            answers.add(bool(theirs.is_healthy))
+    assert answers == {True, False}
+
+
+def test_pendulums_fall_at_their_bounds() -> None:
+    """The two pendulums have no health test of their own to compare with: Gymnasium's step writes it inline."""
+    pole = TASKS["InvertedPendulum"]()
+    pole.bind(load_model(pole))
+    angle = np.array([0.2, -0.2, np.nextafter(0.2, 1), np.nextafter(-0.2, -1), np.nan])
+    state = np.zeros((5, 4))
+    state[:, 1] = angle
+    sim = SimState(qpos=state[:, :2], qvel=state[:, 2:], state=state, ctrl=None)
+    assert pole.healthy(NUMPY, sim).tolist() == [True, True, False, False, False]
+    tip = np.zeros((2, 1, 3))
+    tip[:, 0, 2] = 1.0, np.nextafter(1.0, 2)
+    sim = SimState(qpos=None, qvel=None, state=None, ctrl=None, site_xpos=tip)
+    assert TASKS["InvertedDoublePendulum"]().healthy(NUMPY, sim).tolist() == [False, True]
