@@ -202,6 +202,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
     device, why = pick_device(settings.device)
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
     torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
     display = Display(quiet=quiet)
     env: VecEnv | None = None

@@ -451,7 +451,7 @@ class Run:
                 "checkpoint": self.config.checkpoint_every,
             }
             parts = {"log": 500, "eval": 100, "checkpoint": 10}
-            self.marks = {k: self.progress // max(self.period(every[k], parts[k]), 1) for k in parts}
+            self.marks |= {k: self.progress // self.period(None, n) for k, n in parts.items() if every[k] is None}
         self.display.say(f"resumed from {folder.name}: {self.env_steps:,} env steps, {self.updates:,} updates")
 
     def diverged(self, agent: Agent, names: Sequence[str]) -> Diverged:
