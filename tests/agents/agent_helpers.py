@@ -1,0 +1,192 @@
+"""What the tests of the agents share: stub networks, made-up batches, tiny agents, training on probes.
+
+A new algorithm is covered as soon as it is registered. If its tiny version needs other settings, give it a row in
+`TINY` or `SOLVE`; if its value is read in another way than by `v` or `q`, extend `value_of`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlctl import agents
+from rlctl.data.dataset import Dataset
+from rlctl.run import Run
+from rlctl.train import SCHEDULES, Job
+from rlctl.types import Agent, Batch, Spec
+from rlctl_envs.probes import ProbeEnv, make_probe
+
+OBS_DIM, ACT_DIM, NUM_ENVS, HORIZON, BATCH = 3, 2, 4, 16, 32
+
+SMALL: dict[str, Any] = {
+    "hidden": (16, 16),
+    "num_envs": NUM_ENVS,
+    "horizon": HORIZON,
+    "minibatch_size": 16,
+    "epochs": 2,
+    "batch_size": BATCH,
+    "buffer_size": 4096,
+    "learning_starts": 64,
+}
+"""Config fields of every tiny agent, taken where a config has them."""
+
+FAST: dict[str, Any] = SMALL | {
+    "hidden": (32,),
+    "num_envs": 8,
+    "horizon": 16,
+    "minibatch_size": 32,
+    "epochs": 4,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "actor_lr": 3e-3,
+    "critic_lr": 5e-3,
+    "gamma": 0.8,
+    "tau": 0.1,
+    "anneal_lr": False,
+    "normalize_reward": False,
+}
+"""The same for solving a probe."""
+
+TINY: dict[str, dict[str, Any]] = {}
+"""Overrides of `SMALL` by algorithm."""
+
+SOLVE: dict[str, dict[str, Any]] = {
+    "ppo": {"steps": 8 * 16 * 100, "log_std": -1.0},
+    "sac": {"steps": 900, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
+    "td3": {"steps": 900, "num_envs": 1},
+    # alpha large: the point is to solve the task, not to stay near a random policy
+    "td3bc": {"steps": 900, "alpha": 100.0},
+}
+"""Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
+
+DEFAULT_STEPS = {"on_policy": 8 * 16 * 100, "off_policy": 900, "offline": 900}
+
+
+def config(name: str, *layers: dict[str, Any]) -> Any:
+    """The algorithm's config with those of the wanted values it has a field for."""
+    cls = agents.get(name).Config
+    known = {f.name for f in fields(cls)}
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= layer
+    return cls(**{k: v for k, v in merged.items() if k in known})
+
+
+def tiny(name: str, seed: int = 0, **overrides: Any) -> Agent:
+    """A small agent of the algorithm, for `OBS_DIM` numbers in, `ACT_DIM` out; offline ones have seen a dataset."""
+    cfg = config(name, SMALL, TINY.get(name, {}), overrides)
+    spec = Spec(OBS_DIM, ACT_DIM, getattr(cfg, "num_envs", 1), seed=seed)
+    agent = agents.make(name, spec, cfg)
+    if agent.regime == "offline":
+        agent.prepare(transitions(torch.Generator().manual_seed(123), 200))
+    return agent
+
+
+def transitions(g: torch.Generator, *lead: int, obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM) -> Batch:
+    """Made-up transitions [*lead, ...]; about a tenth terminated, a tenth truncated."""
+    return Batch(
+        obs=torch.randn(*lead, obs_dim, generator=g) + 0.5,
+        action=torch.rand(*lead, act_dim, generator=g) * 1.8 - 0.9,
+        reward=torch.randn(*lead, generator=g),
+        next_obs=torch.randn(*lead, obs_dim, generator=g) + 0.5,
+        terminated=torch.rand(*lead, generator=g) < 0.1,
+        truncated=torch.rand(*lead, generator=g) < 0.1,
+    )
+
+
+def batch_for(agent: Agent, seed: int = 0) -> Batch:
+    """A batch of the agent's regime, with the `extra` that its `act` stores; leaves its generators as they were."""
+    g = torch.Generator().manual_seed(seed)
+    on_policy = agent.regime == "on_policy"
+    lead = (agent.cfg.horizon, agent.cfg.num_envs) if on_policy else (BATCH,)
+    batch = transitions(g, *lead)
+    with agent.borrowed_rng(seed), torch.no_grad():
+        if on_policy:
+            acted = [agent.act(obs, explore=True) for obs in batch.obs]
+            action = torch.stack([a for a, _ in acted])
+            extra = {k: torch.stack([e[k] for _, e in acted]) for k in acted[0][1]}
+        else:
+            action, extra = batch.action, agent.act(batch.obs, explore=True)[1]
+    return batch._replace(action=action, extra={} if agent.regime == "offline" else extra)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def differing(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not bit-equal to those of `snapshot`."""
+    return [k for k, v in module.state_dict().items() if not torch.equal(v, before[k])]
+
+
+# -------------------------------------------------------------------------------------------------------------- stubs
+class Table(nn.Module):
+    """Returns one given tensor, whatever comes in; remembers its inputs."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *args: Tensor) -> Tensor:
+        self.seen.append(args)
+        return self.out
+
+
+def recorded_inputs(module: nn.Module) -> list[tuple[Tensor, ...]]:
+    """A list that fills with the inputs of every call of `module`."""
+    seen: list[tuple[Tensor, ...]] = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(tuple(a.detach().clone() for a in args)))
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------------------- probes
+def random_dataset(env: ProbeEnv, steps: int, seed: int = 0) -> Dataset:
+    """What a uniformly random policy meets in `steps` vector steps, world after world."""
+    g = torch.Generator().manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    rows = []
+    for _ in range(steps):
+        action = torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1
+        following, reward, terminated, truncated, info = env.step(action)
+        rows.append(Batch(obs, action, reward, info["next_obs"], terminated, truncated))
+        obs = following
+    stacked = Batch(*[torch.stack(x, 1).flatten(0, 1) for x in list(zip(*rows, strict=True))[:6]])
+    ends = (stacked.terminated | stacked.truncated).clone()
+    ends[steps - 1 :: steps] = True  # the last row of each world
+    return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"random-{env.id}", seed=seed)
+
+
+def solve(name: str, probe: str, seed: int = 0) -> tuple[Agent, ProbeEnv]:
+    """Train the algorithm on a probe, through the schedule a run would use."""
+    cls = agents.get(name)
+    cfg = config(name, FAST, {"steps": DEFAULT_STEPS[cls.regime]}, SOLVE.get(name, {}))
+    num_envs = getattr(cfg, "num_envs", 8)
+    env = make_probe(probe, num_envs, seed=seed)
+    spec = Spec(env.obs_dim, env.act_dim, num_envs, env.device, env.episode_len, seed)
+    agent = agents.make(name, spec, cfg)
+    data = random_dataset(make_probe(probe, 8), 100) if cls.regime == "offline" else None
+    schedule = cls.schedule or SCHEDULES[cls.regime]
+    schedule(Job(agent, None if cls.regime == "offline" else env, data, Run(seed=seed), cfg, seed))
+    return agent, env
+
+
+@torch.no_grad()
+def value_of(agent: Agent, obs: Tensor) -> Tensor:
+    """The agent's own estimate [N] of the value of raw observations [N, O] under its deterministic action."""
+    seen = obs
+    for normalise in ("normalize", "obs_norm"):
+        if hasattr(agent, normalise):
+            seen = getattr(agent, normalise)(obs)
+            break
+    if hasattr(agent, "v"):
+        value: Tensor = agent.v(seen)
+    elif hasattr(agent, "q"):
+        value = agent.q(seen, agent.act(obs, explore=False)[0]).mean(0)
+    else:
+        raise NotImplementedError(f"value_of does not know where {type(agent).__name__} keeps its value")
+    assert value.shape == obs.shape[:1]
+    return value

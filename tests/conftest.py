@@ -1,0 +1,23 @@
+"""Shared by all tests: one torch thread (tests run side by side), reproducible hypothesis, float64 on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("rlctl", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("rlctl")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """New tensors and networks are float64 while the test runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
