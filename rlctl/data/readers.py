@@ -257,9 +257,9 @@ def read_d4rl(path: Path, episode_len: int | None = None) -> Table:
         if "timeouts" in keys:
             timeout = np.asarray(keys["timeouts"][()]).reshape(-1) != 0
         elif successors is not None:
-            timeout = _jumps(observations, successors)
+            timeout = _jumps(observations, successors) & ~terminal
         elif episode_len is not None:
-            timeout = _step_limit(terminal, episode_len)
+            timeout = _step_limit(terminal, episode_len) & ~terminal
         else:
             raise DatasetError(
                 f"{where} has neither timeouts nor next_observations, so where an episode was cut cannot be told: "

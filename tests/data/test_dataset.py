@@ -1,0 +1,432 @@
+import builtins
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from dataset_files import Write, episode
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlctl.data import Mix, Ring
+from rlctl.data.dataset import Dataset, DatasetError, load_dataset
+from rlctl.types import Batch
+
+BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+
+
+def fails(source: str | Path, match: str) -> None:
+    with pytest.raises(DatasetError, match=match) as caught:
+        load_dataset(str(source))
+    assert "\n" not in str(caught.value)
+
+
+def table(n: int = 10, ends: tuple[int, ...] = (4, 10), **kw: Any) -> Dataset:
+    flags = torch.zeros(n, dtype=torch.bool)
+    obs = torch.arange(3.0 * n).reshape(n, 3)
+    return Dataset(Batch(obs, obs[:, :2], torch.ones(n), obs + 1, flags, flags), torch.tensor(ends), id="t", **kw)
+
+
+# ------------------------------------------------------------------------------------------------------------- Minari
+def test_minari_exact_view(write_minari: Write) -> None:
+    write_minari(
+        "toy/set-v0", [episode(0, 4, "terminated"), episode(1, 3), episode(2, 1, "terminated")], env="Hopper-v5"
+    )
+    data = load_dataset("toy/set-v0")
+    rows = data.rows
+    assert (len(data), data.spec_dims, data.id, data.env_id) == (8, (3, 2), "toy/set-v0", "Hopper-v5")
+    assert all(x.dtype == torch.float32 for x in rows[:4])
+    assert all(x.dtype == torch.bool for x in rows[4:6])
+    assert data.episode_ends.tolist() == [4, 7, 8]
+    assert data.boundary.nonzero().flatten().tolist() == [3, 6, 7]
+    torch.testing.assert_close(rows.next_obs, rows.obs + 1)  # never across episodes, exact at every end
+    assert rows.terminated.nonzero().flatten().tolist() == [3, 7]
+    assert rows.truncated.nonzero().flatten().tolist() == [6]
+    assert data.episode_returns().dtype == torch.float64
+    np.testing.assert_allclose(data.episode_returns(), [6.0, 3.3, 0.2])
+
+
+def test_minari_agrees_with_minaris_own_reader(write_minari: Write) -> None:
+    write_minari("toy/set-v0", [episode(k, 2 + k) for k in range(12)])  # episode_10 sorts before episode_2 as text
+    data = load_dataset("toy/set-v0")
+    theirs = list(minari.load_dataset("toy/set-v0").iterate_episodes())
+    start = 0
+    for e, end in zip(theirs, data.episode_ends.tolist(), strict=True):
+        part = data.rows.map(lambda x, a=start, b=end: x[a:b])  # type: ignore[misc]
+        np.testing.assert_array_equal(part.obs, e.observations[:-1])
+        np.testing.assert_array_equal(part.next_obs, e.observations[1:])
+        np.testing.assert_array_equal(part.action, e.actions)
+        np.testing.assert_array_equal(part.reward, e.rewards.astype(np.float32))
+        start = end
+
+
+def test_minari_unfinished_episode_is_truncated(write_minari: Write) -> None:
+    write_minari("toy/set-v0", [episode(0, 3, "open"), episode(1, 2, "terminated")])
+    rows = load_dataset("toy/set-v0").rows
+    assert rows.truncated.tolist() == [False, False, True, False, False]
+    assert rows.terminated.tolist() == [False, False, False, False, True]
+
+
+def test_minari_flag_inside_a_stored_episode_ends_one(write_minari: Write) -> None:
+    e = episode(0, 5)
+    e["terminations"] = np.arange(5) == 2
+    write_minari("toy/set-v0", [e])
+    data = load_dataset("toy/set-v0")
+    assert data.episode_ends.tolist() == [3, 5]
+    assert data.episode_returns().tolist() == [3.0, 7.0]
+
+
+def test_minari_both_flags_are_kept(write_minari: Write) -> None:
+    e = episode(0, 3, "terminated")
+    write_minari("toy/set-v0", [e | {"truncations": e["terminations"]}])
+    rows = load_dataset("toy/set-v0").rows
+    assert rows.terminated[-1]
+    assert rows.truncated[-1]
+
+
+def test_minari_dict_observations_in_sorted_key_order(write_minari: Write) -> None:
+    space = gym.spaces.Dict(
+        {"z": gym.spaces.Box(-9, 9, (1,)), "b": gym.spaces.Dict({"y": BOX, "x": BOX}), "a": gym.spaces.Box(-9, 9, (2,))}
+    )
+    obs = {"z": np.full((5, 1), 4), "b": {"y": np.full((5, 3), 3), "x": np.full((5, 3), 2)}, "a": np.full((5, 2), 1)}
+    write_minari("toy/set-v0", [episode(0, 4) | {"observations": obs}], observation=space)
+    data = load_dataset("toy/set-v0")
+    assert data.spec_dims == (9, 2)
+    assert data.rows.obs[0].tolist() == [1, 1, 2, 2, 2, 3, 3, 3, 4]
+    sample = minari.load_dataset("toy/set-v0")[0].observations
+    one = {"z": sample["z"][0], "b": {k: sample["b"][k][0] for k in "yx"}, "a": sample["a"][0]}
+    np.testing.assert_allclose(data.rows.obs[0], gym.spaces.flatten(space, one))  # the order of FlattenObservation
+
+
+def test_minari_actions_are_mapped_to_the_unit_box(write_minari: Write) -> None:
+    space = gym.spaces.Box(np.float32([-0.4, 0]), np.float32([0.4, 2]))
+    stored = np.float32([[-0.4, 0], [0, 1], [0.4, 2], [0.2, 0.5]])
+    write_minari("toy/set-v0", [episode(0, 4) | {"actions": stored}], action=space)
+    data = load_dataset("toy/set-v0")
+    torch.testing.assert_close(data.rows.action, torch.tensor([[-1.0, -1], [0, 0], [1, 1], [0.5, -0.5]]))
+    assert data.action_box is not None
+    torch.testing.assert_close(data.action_box[1], torch.tensor([0.4, 2.0]))
+
+
+@pytest.mark.parametrize("bound", [1.0, np.inf])
+def test_minari_other_actions_are_left_alone(write_minari: Write, bound: float) -> None:
+    write_minari("toy/set-v0", [episode(7, 4)], action=gym.spaces.Box(-bound, bound, (2,)))
+    data = load_dataset("toy/set-v0")
+    assert data.action_box is None
+    assert data.rows.action[0].tolist() == pytest.approx([0.07, -0.07])
+
+
+def test_sources_id_folder_and_file_are_one(write_minari: Write) -> None:
+    folder = write_minari("toy/set-v0", [episode(0, 4)])
+    loaded = [load_dataset(str(s)) for s in ("toy/set-v0", folder, folder / "data", folder / "data" / "main_data.hdf5")]
+    assert {d.id for d in loaded} == {"toy/set-v0"}
+    assert len({d.sha256 for d in loaded}) == 1
+
+
+def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
+    fails("hopper/medium-v0", "there is none; MINARI_DATASETS_PATH")
+    write_minari("hopper/medium-v0", [episode(0, 2)])
+    write_minari("door/human-v2", [episode(0, 2)])
+    fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*minari download")
+    (root / "hopper/medium-v0/data/main_data.hdf5").unlink()
+    fails("hopper/medium-v0", "main_data.hdf5: the dataset is incomplete")
+
+
+def test_minari_damage(write_minari: Write) -> None:
+    folder = write_minari("toy/set-v0", [episode(0, 4), episode(1, 4)])
+    main, meta = folder / "data/main_data.hdf5", folder / "data/metadata.json"
+    whole, info = main.read_bytes(), meta.read_text()
+
+    def edit(change: Any) -> None:
+        main.write_bytes(whole)
+        with h5py.File(main, "a") as file:
+            change(file["episode_1"])
+
+    edit(lambda g: g["actions"].resize(3, 0))
+    fails("toy/set-v0", r"episode_1: actions has shape \(3, 2\), expected 4 rows")
+    edit(lambda g: g["observations"].resize(4, 0))
+    fails("toy/set-v0", "episode_1: observations has shape .*, expected 5 rows")
+    edit(lambda g: g.__delitem__("truncations"))
+    fails("toy/set-v0", "no 'truncations' in /episode_1")
+    edit(lambda g: g["observations"].__setitem__((2, 1), np.nan))
+    fails("toy/set-v0", r"obs of transition 6 \(episode 1\) is NaN")
+    main.write_bytes(whole[: len(whole) // 2])
+    fails("toy/set-v0", "main_data.hdf5 is not a whole HDF5 file")
+    main.write_bytes(whole)
+    for text, message in [
+        ("{", "metadata.json cannot be read"),
+        ("[]", "not a JSON object"),
+        (json.dumps(json.loads(info) | {"data_format": "arrow"}), "stored as arrow; only"),
+    ]:
+        meta.write_text(text)
+        fails("toy/set-v0", message)
+
+
+def test_minari_without_spaces_or_env_in_its_metadata(write_minari: Write) -> None:
+    meta = write_minari("toy/set-v0", [episode(0, 4)]) / "data/metadata.json"
+    meta.write_text('{"env_spec": "nonsense"}')
+    data = load_dataset("toy/set-v0")
+    assert (len(data), data.env_id, data.id) == (4, None, "set-v0")
+
+
+@pytest.mark.parametrize(
+    ("change", "spaces", "message"),
+    [
+        ({"observations": np.zeros(5, int)}, {"observation": gym.spaces.Discrete(4)}, "observation space is Discrete"),
+        ({"actions": np.zeros(4, int)}, {"action": gym.spaces.Discrete(4)}, "action space is Discrete"),
+        (
+            {"observations": {"goal": np.zeros(5, int), "state": np.zeros((5, 3))}},
+            {"observation": gym.spaces.Dict(goal=gym.spaces.Discrete(2), state=BOX)},
+            "observation 'goal' space is Discrete",
+        ),
+        (
+            {"observations": np.zeros((5, 4, 4))},
+            {"observation": gym.spaces.Box(0, 1, (4, 4))},
+            r"Box of shape \(4, 4\)",
+        ),
+    ],
+)
+def test_spaces_that_are_not_vectors(
+    write_minari: Write, change: dict[str, Any], spaces: dict[str, Any], message: str
+) -> None:
+    write_minari("toy/set-v0", [episode(0, 4) | change], **spaces)
+    fails("toy/set-v0", message)
+
+
+def test_no_h5py(write_d4rl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_d4rl("x.hdf5", [episode(0, 4)])
+    real = builtins.__import__
+
+    def fake(name: str, *args: Any, **kw: Any) -> Any:
+        if name.split(".")[0] == "h5py":
+            raise ImportError(name)
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", fake)
+    fails(path, r"h5py: pip install 'minari\[hdf5\]'")
+
+
+# --------------------------------------------------------------------------------------------------------------- D4RL
+THREE = [episode(0, 4, "terminated"), episode(1, 3), episode(2, 5, "open")]
+
+
+def test_d4rl_with_successors_keeps_every_row(write_d4rl: Write) -> None:
+    data = load_dataset(str(write_d4rl("hopper_medium-v2.hdf5", THREE)))
+    assert (data.id, data.env_id, len(data)) == ("hopper_medium-v2", None, 12)
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    torch.testing.assert_close(data.rows.next_obs, data.rows.obs + 1)
+    assert data.rows.terminated.nonzero().flatten().tolist() == [3]
+    assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
+    np.testing.assert_allclose(data.episode_returns(), [6.0, 3.3, 11.0], rtol=1e-6)
+
+
+def test_d4rl_without_successors_drops_only_unknown_ones(write_d4rl: Write) -> None:
+    data = load_dataset(str(write_d4rl("x.hdf5", THREE, drop=("next_observations",))))
+    assert data.episode_ends.tolist() == [4, 6, 10]
+    rows = data.rows
+    masked = rows.terminated
+    torch.testing.assert_close(rows.next_obs[~masked], rows.obs[~masked] + 1)
+    torch.testing.assert_close(rows.next_obs[masked], rows.obs[masked])
+    assert masked.nonzero().flatten().tolist() == [3]
+    assert rows.truncated.nonzero().flatten().tolist() == [5, 9]
+    np.testing.assert_allclose(data.episode_returns(), [6.0, 3.3, 11.0], rtol=1e-6)  # the dropped rewards count
+
+
+def test_d4rl_episode_of_one_unknown_successor_leaves_nothing(write_d4rl: Write) -> None:
+    path = write_d4rl("x.hdf5", [episode(0, 3), episode(1, 1), episode(2, 3)], drop=("next_observations",))
+    data = load_dataset(str(path))
+    assert data.episode_ends.tolist() == [2, 4]
+    np.testing.assert_allclose(data.episode_returns(), [3.0, 3.6], rtol=1e-6)
+    path = write_d4rl("y.hdf5", [episode(0, 1), episode(1, 1)], drop=("next_observations",))
+    fails(path, "no transition whose successor is known")
+
+
+def test_d4rl_without_timeouts_finds_the_jumps(write_d4rl: Write) -> None:
+    data = load_dataset(str(write_d4rl("x.hdf5", THREE, drop=("timeouts",))))
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
+
+
+def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
+    episodes = [episode(0, 2, "terminated"), episode(1, 3), episode(2, 3), episode(3, 1, "open")]
+    path = write_d4rl("x.hdf5", episodes, drop=("timeouts", "next_observations"))
+    fails(path, "pass episode_len")
+    data = load_dataset(str(path), episode_len=3)
+    assert data.episode_ends.tolist() == [2, 4, 6]
+    live = ~data.rows.terminated
+    torch.testing.assert_close(data.rows.next_obs[live], data.rows.obs[live] + 1)
+    with pytest.raises(DatasetError, match="at least one step"):
+        load_dataset(str(path), episode_len=0)
+
+
+def test_d4rl_columns_of_width_one(write_d4rl: Write) -> None:
+    flat = load_dataset(str(write_d4rl("x.hdf5", THREE)))
+    terminals = np.concatenate([e["terminations"] for e in THREE])[:, None].astype(np.uint8)
+    rewards = np.concatenate([e["rewards"] for e in THREE])[:, None].astype(np.float32)
+    assert load_dataset(str(write_d4rl("y.hdf5", THREE, terminals=terminals, rewards=rewards))).sha256 == flat.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": ("rewards",)}, "no 'rewards' in / .*present: actions"),
+        ({"actions": np.zeros((11, 2))}, r"actions has shape \(11, 2\), expected 12 rows"),
+        ({"rewards": np.zeros((12, 2))}, r"rewards has shape \(12, 2\), expected \[N\]"),
+        ({"observations": np.zeros(12)}, r"observations has shape \(12,\), expected \[N, D\]"),
+        ({"next_observations": np.zeros((12, 2))}, "next_observations has shape"),
+        ({"rewards": np.full(12, np.inf)}, r"reward of transition 0 \(episode 0\) is NaN or infinite"),
+        ({"next_observations": np.full((12, 3), np.nan)}, "next_obs of transition 0"),
+        ({"actions": np.full((12, 2), b"x")}, "actions holds .*, not numbers"),
+    ],
+)
+def test_d4rl_damage(write_d4rl: Write, change: dict[str, Any], message: str) -> None:
+    fails(write_d4rl("x.hdf5", THREE, **change), message)
+
+
+def test_d4rl_missing_empty_and_cut_files(write_d4rl: Write, tmp_path: Path) -> None:
+    fails(tmp_path / "hopper.hdf5", "no HDF5 file is in that folder")
+    path = write_d4rl("hopper_medium-v2.hdf5", THREE)
+    fails(tmp_path / "hoper_medium-v2.hdf5", r"nearest there: hopper_medium-v2.hdf5")
+    path.write_bytes(path.read_bytes()[:-100])
+    fails(path, "not a whole HDF5 file .*truncated")
+    path.write_text("hello")
+    fails(path, "not a whole HDF5 file")
+    shapes = {"observations": (0, 3), "next_observations": (0, 3), "actions": (0, 2)}
+    empty = {k: np.zeros(shapes.get(k, 0)) for k in (*shapes, "rewards", "terminals", "timeouts")}
+    fails(write_d4rl("x.hdf5", THREE, **empty), "holds no transitions")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["terminated", "truncated"])), min_size=1, max_size=8),
+    block=st.integers(1, 7),
+    successors=st.booleans(),
+)
+def test_d4rl_reader_against_a_slow_reference(
+    write_d4rl: Write, shape: list[tuple[int, str]], block: int, successors: bool
+) -> None:
+    episodes = [episode(k, steps, end) for k, (steps, end) in enumerate(shape)]
+    expected = []
+    for e in episodes:
+        steps = len(e["rewards"])
+        for t in range(steps):
+            last, term = t == steps - 1, bool(e["terminations"][t])
+            if last and not term and not successors:
+                continue
+            following = e["observations"][t if term and not successors else t + 1]
+            cut = not bool(e["terminations"][-1]) and t == steps - (1 if successors else 2)
+            expected.append((e["observations"][t], e["rewards"][t], following, term, cut))
+    path = write_d4rl("x.hdf5", episodes, drop=() if successors else ("next_observations",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlctl.data.readers.BLOCK", block)  # every way a block can fall across an episode
+        if not expected:
+            fails(path, "no transition")
+            return
+        rows = load_dataset(str(path)).rows
+    for got, want in zip(
+        (rows.obs, rows.reward, rows.next_obs, rows.terminated, rows.truncated),
+        zip(*expected, strict=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, np.asarray(want, got.numpy().dtype))
+
+
+@pytest.mark.parametrize("kind", ["minari", "d4rl", "d4rl without successors"])
+def test_memory_stays_near_the_arrays(write_minari: Write, write_d4rl: Write, root: Path, kind: str) -> None:
+    episodes = [episode(0, 1000)] * 40
+    if kind == "minari":
+        write_minari("toy/set-v0", episodes)
+        source = "toy/set-v0"
+    else:
+        source = str(write_d4rl("x.hdf5", episodes, drop=("next_observations",) if "without" in kind else ()))
+    tracemalloc.start()
+    data = load_dataset(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Narrow rows of 47 bytes: what the float64 rewards add weighs most here.
+    assert peak < 1.3 * sum(x.nbytes for x in data.rows[:6]) + 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ Dataset
+def test_sampling_is_uniform_reproducible_and_whole_rows() -> None:
+    a, b, c = table(seed=3), table(seed=3), table(seed=4)
+    x, y, z = a.sample(2000), b.sample(2000), c.sample(2000)
+    torch.testing.assert_close(x.obs, y.obs)
+    assert not torch.equal(x.obs, z.obs)
+    torch.testing.assert_close(x.next_obs, x.obs + 1)
+    counts = torch.bincount((x.obs[:, 0] / 3).long(), minlength=10)
+    assert counts.min() > 140
+    assert a.whole() is a.rows
+
+
+def test_stats_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlctl.data.readers.BLOCK", 3)
+    data = table()
+    s = data.stats()
+    assert (s.transitions, s.episodes) == (10, 2)
+    assert (s.return_mean, s.return_std, s.return_min, s.return_max) == (5.0, 1.0, 4.0, 6.0)
+    np.testing.assert_allclose(s.obs_mean, data.rows.obs.numpy().mean(0))
+    np.testing.assert_allclose(s.obs_std, data.rows.obs.numpy().std(0))
+    assert data.stats() is s
+
+
+@pytest.mark.parametrize("ends", [(), (4,), (4, 4, 10), (10, 4), (4, 12)])
+def test_episode_ends_must_fit(ends: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="ascend"):
+        table(ends=ends)
+
+
+def test_fingerprint_depends_on_every_column_and_on_the_episodes() -> None:
+    seen = {table().sha256, table(ends=(5, 10)).sha256}
+    for k in range(6):
+        columns = list(table().rows[:6])
+        columns[k] = columns[k].clone()
+        columns[k][0] = 1 - columns[k][0].float()  # type: ignore[assignment]
+        seen.add(Dataset(Batch(*columns), torch.tensor([4, 10]), id="t").sha256)  # type: ignore[arg-type]
+    assert len(seen) == 8
+    assert table(seed=5).sha256 == table().sha256
+
+
+def test_checkpoint_resumes_the_sampling_and_refuses_other_data(tmp_path: Path) -> None:
+    data = table()
+    data.sample(5)
+    data.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset.safetensors"]
+    ahead = data.sample(7).obs
+    fresh = table(seed=9)
+    fresh.load(tmp_path)
+    torch.testing.assert_close(fresh.sample(7).obs, ahead)
+    with pytest.raises(DatasetError, match="resume with the data the run was started with"):
+        table(ends=(5, 10)).load(tmp_path)
+
+
+def test_mix_checkpoints_the_generator_of_a_dataset(tmp_path: Path) -> None:
+    def build(seed: int) -> Mix:
+        ring = Ring(4, seed=seed)
+        ring.add(table(4, (4,)).rows.map(lambda x: -x if x.dtype != torch.bool else x))
+        return Mix(table(seed=seed), ring, 0.5)
+
+    mix = build(0)
+    mix.sample(6)
+    mix.save(tmp_path)
+    ahead = mix.sample(8)
+    fresh = build(1)
+    fresh.load(tmp_path)
+    torch.testing.assert_close(fresh.sample(8).obs, ahead.obs)
+    assert (ahead.obs[:4] >= 0).all()
+    assert (ahead.obs[4:] <= 0).all()
+
+
+@pytest.mark.gpu
+def test_on_a_cuda_device(write_d4rl: Write) -> None:
+    path = str(write_d4rl("x.hdf5", THREE))
+    data = load_dataset(path, device="cuda")
+    assert data.sample(4).obs.is_cuda
+    assert data.sha256 == load_dataset(path).sha256
+    assert data.stats().return_max == pytest.approx(11.0)
