@@ -224,7 +224,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             seed=settings.seed,
             make_eval_env=eval_env if env_id is not None else None,
             display=display,
-            score=lambda ret: normalized_score(settings.data or env_id or "", ret),
+            score=lambda ret: normalized_score(env_id, ret) if env_id else None,
             resume=resume,
         )
         checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))

@@ -1,6 +1,7 @@
 """Where transitions live: replay ring, rollout, mixtures, datasets. Everything stays on the agent's device."""
 
+from rlctl.data.dataset import Dataset, DatasetError, load_dataset
 from rlctl.data.ring import Mix, Ring
 from rlctl.data.rollout import Rollout
 
-__all__ = ["Mix", "Ring", "Rollout"]
+__all__ = ["Dataset", "DatasetError", "Mix", "Ring", "Rollout", "load_dataset"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -55,12 +55,8 @@ class Ring:
         n = len(batch.reward)
         if n > self.capacity:
             raise ValueError(f"cannot add {n} transitions at once to a ring of {self.capacity}")
-        if self._rows is None:
-            self._rows = batch.map(
-                lambda x: torch.empty((self.capacity, *x.shape[1:]), dtype=x.dtype, device=self.device)
-            )
         first = min(n, self.capacity - self.cursor)  # rows before the wrap-around
-        for dst, src in zip(_tensors(self._rows), _tensors(batch), strict=True):
+        for dst, src in self._matched(batch):
             dst[self.cursor : self.cursor + first] = src[:first]
             if first < n:
                 dst[: n - first] = src[first:]
@@ -112,12 +108,22 @@ class Ring:
         self.rng.set_state(index["rng"])
         for k, lo in enumerate(range(0, self.size, SEGMENT)):
             part = Batch.from_tensors(load_file(folder / f"segment-{k:05d}.safetensors", device=str(self.device)))
-            if self._rows is None:
-                self._rows = part.map(
-                    lambda x: torch.empty((self.capacity, *x.shape[1:]), dtype=x.dtype, device=self.device)
-                )
-            for dst, src in zip(_tensors(self._rows), _tensors(part), strict=True):
+            for dst, src in self._matched(part):
                 dst[lo : lo + len(src)] = src
+
+    def _matched(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """(storage, incoming) pairs, extras by name; allocates the storage when the first batch shows the shapes."""
+        if self._rows is None:
+            self._rows = batch.map(
+                lambda x: torch.empty((self.capacity, *x.shape[1:]), dtype=x.dtype, device=self.device)
+            )
+        if batch.extra.keys() != self._rows.extra.keys():
+            raise ValueError(
+                f"this buffer holds the extras {sorted(self._rows.extra)}, the new transitions bring "
+                f"{sorted(batch.extra)}: an agent's `act` must return the same ones every time"
+            )
+        pairs = list(zip(self._rows[:6], batch[:6], strict=True))
+        return pairs + [(x, batch.extra[name]) for name, x in self._rows.extra.items()]
 
     def _dirty_since(self, added: int | None) -> set[int]:
         """Segments holding a row written after the ring had seen `added` transitions (None: all of them)."""
@@ -134,6 +140,17 @@ class Source(Protocol):
 
     def sample(self, n: int) -> Batch:
         """`n` transitions, `[n, ...]`."""
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A source that can be part of a checkpoint."""
+
+    def save(self, folder: Path, previous: Path | None = None) -> None:
+        """Write into `folder`, linking what has not changed since `previous`."""
+
+    def load(self, folder: Path) -> None:
+        """Undo `save`."""
 
 
 class Mix:
@@ -168,18 +185,17 @@ class Mix:
         return Batch._make([*core, {name: torch.cat([a.extra[name], b.extra[name]]) for name in shared}])
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
-        """Checkpoint the ring (and the sampling generator of the fixed source, if it has one)."""
-        self.ring.save(folder, previous)
-        rng = getattr(self.fixed, "rng", None)
-        if rng is not None:
-            save_file({"rng": rng.get_state()}, folder / "fixed.safetensors")
+        """Checkpoint both sources (a dataset writes only its generator and fingerprint)."""
+        for name, source in (("ring", self.ring), ("fixed", self.fixed)):
+            if isinstance(source, SavesItself):
+                (folder / name).mkdir()
+                source.save(folder / name, None if previous is None else previous / name)
 
     def load(self, folder: Path) -> None:
         """Undo `save`."""
-        self.ring.load(folder)
-        rng = getattr(self.fixed, "rng", None)
-        if rng is not None:
-            rng.set_state(load_file(folder / "fixed.safetensors")["rng"])
+        for name, source in (("ring", self.ring), ("fixed", self.fixed)):
+            if isinstance(source, SavesItself):
+                source.load(folder / name)
 
 
 def planned_bytes(spec: Spec, capacity: int) -> int:
@@ -204,10 +220,6 @@ def refuse_if_too_large(spec: Spec, capacity: int) -> int:
             f"{free / 2**30:.1f} GiB free: lower it with --set buffer_size={fits} or less"
         )
     return need
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [*batch[:6], *batch.extra.values()]
 
 
 def _link(old: Path, new: Path) -> None:

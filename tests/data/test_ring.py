@@ -200,7 +200,6 @@ def test_another_capacity_is_refused(tmp_path: Path) -> None:
         Ring(5).load(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="a resumed ring matches extras by position, not by name")
 def test_extras_are_told_apart_by_name_after_a_resume(tmp_path: Path) -> None:
     ring = Ring(4)
     ring.add(batch(1, z=0.1, a=0.2))
@@ -210,7 +209,6 @@ def test_extras_are_told_apart_by_name_after_a_resume(tmp_path: Path) -> None:
     torch.testing.assert_close(again.whole().extra["a"], torch.tensor([1.2, 2.2]))
 
 
-@pytest.mark.xfail(strict=True, reason="a ring matches extras by position, not by name")
 def test_extras_are_told_apart_by_name_in_any_order() -> None:
     ring = Ring(4)
     ring.add(batch(1, z=0.1, a=0.2))
