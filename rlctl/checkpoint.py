@@ -125,10 +125,11 @@ def newest_intact(root: Path, warn: Callable[[str], None]) -> Path | None:
     Says through `warn` which ones it had to pass over and sets them aside as `damaged-*`, so that no later checkpoint
     links to their files. UsageError, with everything left in place, if there are checkpoints and none is intact.
     """
-    first = latest(root)
-    others = sorted((p for p in root.glob("step_*") if p.is_dir() and p != first), reverse=True)
+    pointer = root / "latest"
+    named = pointer.read_text().strip() if pointer.exists() else ""
+    folders = sorted((p for p in root.glob("step_*") if p.is_dir()), key=lambda p: (p.name == named, p.name))
     passed: list[Path] = []
-    for folder in ([first] if first else []) + others:
+    for folder in reversed(folders):
         bad = damaged(folder)
         if not bad:
             for p in passed:

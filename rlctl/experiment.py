@@ -243,8 +243,8 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 schedule(job)
                 result = run.finish(agent)
             except ValueError as e:
-                if bad := non_finite(agent):  # the environment refused the action of a network that is no longer finite
-                    raise run.diverged(agent, bad) from e
+                if non_finite(agent) or "is not finite" in str(e):  # the environment refused such an action
+                    raise run.diverged(agent) from e
                 raise
         _record(
             folder, settings, {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}

@@ -454,9 +454,13 @@ class Run:
             self.marks |= {k: self.progress // self.period(None, n) for k, n in parts.items() if every[k] is None}
         self.display.say(f"resumed from {folder.name}: {self.env_steps:,} env steps, {self.updates:,} updates")
 
-    def diverged(self, agent: Agent, names: Sequence[str]) -> Diverged:
-        """The error to raise when `names` are no longer finite; dumps the agent and a report beside the checkpoints."""
+    def diverged(self, agent: Agent, names: Sequence[str] = ()) -> Diverged:
+        """The error to raise when `names` are no longer finite; dumps the agent and a report beside the checkpoints.
+
+        Without names they are the metrics since the last log row, or the parameters.
+        """
         params = non_finite(agent)
+        names = names or self._non_finite_metrics() or ["the parameters" if params else "the action"]
         where = f"env step {self.env_steps:,}, update {self.updates:,}"
         message = f"{', '.join(names)} became non-finite at {where}"
         if params:
@@ -476,9 +480,11 @@ class Run:
 
     def _refuse_non_finite(self, agent: Agent) -> None:
         """A checkpoint must never hold a dead agent: it would be the one a resume picks."""
-        bad = non_finite(agent) + [k for k, v in self._sums.items() if not bool(v.isfinite())]
-        if bad:
-            raise self.diverged(agent, bad)
+        if self._non_finite_metrics() or non_finite(agent):
+            raise self.diverged(agent)
+
+    def _non_finite_metrics(self) -> list[str]:
+        return [k for k, v in self._sums.items() if not bool(v.isfinite())]
 
     # --------------------------------------------------------------------------------------------------- signals
     @contextlib.contextmanager
