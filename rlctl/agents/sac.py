@@ -74,7 +74,7 @@ class SAC(Agent):
         with torch.no_grad():
             next_action, logp = self.pi(b.next_obs).sample_log_prob(generator=self.rng["sample"])
             soft_v = self.q_lagged(b.next_obs, next_action).amin(0) - self.log_alpha.exp() * logp
-            backup = b.reward + self.cfg.gamma * ~b.terminated * soft_v
+            backup = b.reward + self.cfg.gamma * soft_v * ~b.terminated
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     def actor_loss(self, b: Batch) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ class TD3(Agent):
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~)."""
         with torch.no_grad():
             q_next = self.q_lagged(b.next_obs, self.smoothed_action(b.next_obs, noise)).amin(0)
-            backup = b.reward + self.cfg.gamma * ~b.terminated * q_next
+            backup = b.reward + self.cfg.gamma * q_next * ~b.terminated
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     def actor_loss(self, b: Batch) -> Tensor:

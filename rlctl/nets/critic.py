@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlctl.nets.mlp import ACTIVATIONS, Activation, mlp
-from rlctl.ops.linalg import linear
+from rlctl.nets.mlp import Activation, mlp
 
 
 class ValueNet(nn.Module):
@@ -30,24 +29,6 @@ class ValueNet(nn.Module):
         return self.net(obs).squeeze(-1)
 
 
-class EnsembleLinear(nn.Module):
-    """E linear layers side by side: `[E, B, in] -> [E, B, out]`; each is initialised as an `nn.Linear`."""
-
-    def __init__(self, num: int, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num, out_dim, in_dim))
-        self.bias = nn.Parameter(torch.empty(num, out_dim))
-        bound = in_dim**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[E, B, in] -> [E, B, out]`."""
-        if x.device.type == "cpu":  # a batched product gains nothing there, and its backward leaves awkward strides
-            return torch.stack([linear(*xwb) for xwb in zip(x, self.weight, self.bias, strict=True)])
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
-
-
 class QEnsemble(nn.Module):
     """E independent critics Q_e(s, a): `[..., O], [..., A] -> [E, ...]`."""
 
@@ -62,20 +43,11 @@ class QEnsemble(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.num = num
-        layers: list[nn.Module] = []
-        width = obs_dim + act_dim
-        for h in hidden:
-            layers.append(EnsembleLinear(num, width, h))
-            if layer_norm:
-                layers.append(nn.LayerNorm(h))
-            layers.append(ACTIVATIONS[activation]())
-            width = h
-        self.net = nn.Sequential(*layers, EnsembleLinear(num, width, 1))
+        self.members = nn.ModuleList(
+            mlp(obs_dim + act_dim, 1, hidden, activation, layer_norm=layer_norm) for _ in range(num)
+        )
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Values [E, ...] of `obs` [..., O] and `action` [..., A] (any equal leading dimensions)."""
         x = torch.cat([obs, action], -1)
-        lead = x.shape[:-1]
-        flat = x.reshape(-1, x.shape[-1]).expand(self.num, -1, -1)
-        return self.net(flat).reshape(self.num, *lead)
+        return torch.stack([q(x).squeeze(-1) for q in self.members])

@@ -20,11 +20,19 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through the faster matrix product of this machine, see `rlctl.ops.linalg`."""
+    """`nn.Linear`, with a ReLU behind it if asked, through the faster kernels of this machine (`rlctl.ops.linalg`)."""
+
+    def __init__(self, in_features: int, out_features: int, *, relu: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.relu = relu
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, relu=self.relu)
+
+    def extra_repr(self) -> str:
+        """The sizes, and the activation if it is inside."""
+        return super().extra_repr() + (", relu" if self.relu else "")
 
 
 def mlp(
@@ -45,10 +53,12 @@ def mlp(
     layers: list[nn.Module] = []
     width = in_dim
     for h in hidden:
-        layers.append(Linear(width, h))
+        fused = activation == "relu" and not layer_norm
+        layers.append(Linear(width, h, relu=fused))
         if layer_norm:
             layers.append(nn.LayerNorm(h))
-        layers.append(ACTIVATIONS[activation]())
+        if not fused:
+            layers.append(ACTIVATIONS[activation]())
         width = h
     layers.append(Linear(width, out_dim))
     net = nn.Sequential(*layers)

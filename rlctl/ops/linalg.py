@@ -34,12 +34,13 @@ def onednn_is_faster() -> bool:
 ENABLED = onednn_is_faster()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """x W^T + b: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; `relu` adds the activation in the same pass."""
     if not _worth_it(x, weight, x.numel() * weight.shape[0]):
-        return functional.linear(x, weight, bias)
+        out = functional.linear(x, weight, bias)
+        return functional.relu(out) if relu else out
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    out = _Linear.apply(flat, weight, bias, relu)  # type: ignore[no-untyped-call]
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -65,22 +66,26 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+        x, weight, _, ctx.relu = inputs
+        ctx.save_for_backward(x, weight, *([output] if ctx.relu else []))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, *output = ctx.saved_tensors
+        if ctx.relu:
+            grad = torch.ops.aten.threshold_backward(grad, output[0], 0)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
             matmul(grad, weight) if need_x else None,
             matmul(grad.t(), x) if need_weight else None,
             grad.sum(0) if need_bias else None,
+            None,
         )
 
 

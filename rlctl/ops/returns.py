@@ -29,8 +29,8 @@ def gae(
     if not (reward.shape == value.shape == next_value.shape == terminated.shape == truncated.shape):
         shapes = [tuple(x.shape) for x in (reward, value, next_value, terminated, truncated)]
         raise ValueError(f"gae needs five arrays of one shape [T, N], got {shapes}")
-    delta = reward + gamma * ~terminated * next_value - value
-    decay = gamma * lam * ~(terminated | truncated)
+    delta = reward + gamma * next_value * ~terminated - value
+    decay = torch.full_like(reward, gamma * lam) * ~(terminated | truncated)
     adv = torch.empty_like(delta)
     last = torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):

@@ -54,15 +54,16 @@ TINY: dict[str, dict[str, Any]] = {}
 """Overrides of `SMALL` by algorithm."""
 
 SOLVE: dict[str, dict[str, Any]] = {
-    "ppo": {"steps": 8 * 16 * 100, "log_std": -1.0},
-    "sac": {"steps": 900, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
-    "td3": {"steps": 900, "num_envs": 1},
+    "ppo": {"steps": 8 * 16 * 60, "log_std": -1.0},
+    "sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
+    # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
+    "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
-    "td3bc": {"steps": 900, "alpha": 100.0},
+    "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
-DEFAULT_STEPS = {"on_policy": 8 * 16 * 100, "off_policy": 900, "offline": 900}
+DEFAULT_STEPS = {"on_policy": 8 * 16 * 100, "off_policy": 1500, "offline": 1500}
 
 
 def config(name: str, *layers: dict[str, Any]) -> Any:

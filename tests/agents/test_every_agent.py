@@ -45,11 +45,11 @@ def test_solves_the_probes(name: str, probe: str) -> None:
     obs = torch.tensor(starts.get(probe, [[0.0]]))
     gamma = agent.cfg.gamma
     value, known = value_of(agent, obs), env.value(obs, gamma)
-    tolerance = 0.04 * max(float(known.abs().max()), 1.0) if probe not in ("action", "both") else 0.15
+    tolerance = 0.1 if probe in ("action", "both") else 0.04 * max(float(known.abs().max()), 1.0)
     assert value.tolist() == pytest.approx(known.tolist(), abs=tolerance)
     if probe in ("action", "both"):
-        action, _ = agent.act(obs, explore=False)
-        assert action.flatten().tolist() == pytest.approx(env.optimal_action(obs).flatten().tolist(), abs=0.1)
+        action, _ = agent.act(obs, explore=False)  # 0.2 off costs 0.04; blind or wrong-signed actors are 0.4 off
+        assert action.flatten().tolist() == pytest.approx(env.optimal_action(obs).flatten().tolist(), abs=0.2)
 
 
 # ----------------------------------------------------------------------------------------------------- no host reads

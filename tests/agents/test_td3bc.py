@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlctl import agents
 from rlctl.agents.td3 import TD3
 from rlctl.agents.td3bc import TD3BC, TD3BCConfig
+from rlctl.nets import QEnsemble
 from rlctl.ops import adam, minimize
 from rlctl.types import Batch, Spec
 
@@ -81,11 +82,11 @@ def test_without_cloning_it_is_td3_times_lambda(double: None) -> None:
         torch.testing.assert_close(a, lam * b)
 
 
-def scale_output(critics: nn.Module, k: float) -> None:
+def scale_output(critics: QEnsemble, k: float) -> None:
     """Q -> k Q."""
-    last = list(critics.parameters())[-2:]
-    for p in last:
-        p.data *= k
+    for member in critics.members:
+        for p in list(member.parameters())[-2:]:
+            p.data *= k
 
 
 @pytest.mark.parametrize("k", [0.01, 100.0])

@@ -18,8 +18,7 @@ from rlctl.nets import (
     mlp,
     require,
 )
-from rlctl.nets.critic import EnsembleLinear
-from rlctl.nets.mlp import ACTIVATIONS
+from rlctl.nets.mlp import ACTIVATIONS, Linear
 
 
 def linears(net: nn.Module) -> list[nn.Linear]:
@@ -164,19 +163,17 @@ def test_q_ensemble_of_many_actions_per_state_equals_one_at_a_time() -> None:
         torch.testing.assert_close(together[:, :, k], q(obs, actions[:, k]))
 
 
-def members(q: QEnsemble) -> list[nn.Sequential]:
-    """The same ensemble (without layer norm) as separate ordinary networks."""
+def members(q: QEnsemble, activation: type[nn.Module]) -> list[nn.Sequential]:
+    """The same ensemble (without layer norm) as ordinary networks of torch's own layers."""
     out = []
-    for e in range(q.num):
+    for member in q.members:
         layers: list[nn.Module] = []
-        for m in q.net:
-            if isinstance(m, EnsembleLinear):
-                layer = nn.Linear(m.weight.shape[2], m.weight.shape[1])
-                layer.weight.data, layer.bias.data = m.weight.data[e].clone(), m.bias.data[e].clone()
-                layers.append(layer)
-            else:
-                layers.append(m)
-        out.append(nn.Sequential(*layers))
+        linears = [m for m in member.modules() if isinstance(m, Linear)]
+        for m in linears:
+            layer = nn.Linear(m.in_features, m.out_features)
+            layer.weight.data, layer.bias.data = m.weight.data.clone(), m.bias.data.clone()
+            layers += [layer, activation()]
+        out.append(nn.Sequential(*layers[:-1]))
     return out
 
 
@@ -187,19 +184,20 @@ def test_q_ensemble_equals_separate_networks(num: int, activation: str) -> None:
     q = QEnsemble(3, 2, (8, 7), num, activation)  # type: ignore[arg-type]
     obs, action = torch.randn(9, 3), torch.randn(9, 2, requires_grad=True)
     values = q(obs, action)
-    nets = members(q)
+    nets = members(q, {"relu": nn.ReLU, "elu": nn.ELU}[activation])
     separate = torch.stack([net(torch.cat([obs, action], -1)).squeeze(-1) for net in nets])
     torch.testing.assert_close(values, separate)
     (a,) = torch.autograd.grad(values.square().sum(), action)
     (b,) = torch.autograd.grad(separate.square().sum(), action)
     torch.testing.assert_close(a, b)
     grads = torch.autograd.grad(q(obs, action).square().sum(), list(q.parameters()))
-    for e, net in enumerate(nets):
-        theirs = torch.autograd.grad(
-            net(torch.cat([obs, action], -1)).square().sum(), list(net.parameters()), retain_graph=True
-        )
-        for g, h in zip(grads, theirs, strict=True):
-            torch.testing.assert_close(g[e], h)
+    theirs = [
+        g
+        for net in nets
+        for g in torch.autograd.grad(net(torch.cat([obs, action], -1)).square().sum(), list(net.parameters()))
+    ]
+    for g, h in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(g, h)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -220,12 +218,15 @@ def test_the_members_of_an_ensemble_share_nothing(layer_norm: bool) -> None:
 
 def test_the_members_start_apart_and_like_ordinary_layers() -> None:
     torch.manual_seed(0)
-    layer = EnsembleLinear(4, 64, 128)
+    layer = Linear(64, 128)
     bound = 64**-0.5
     for p in (layer.weight, layer.bias):
         assert float(p.detach().abs().max()) <= bound
         assert float(p.detach().abs().max()) > 0.9 * bound
     assert float(layer.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    for p in (layer.weight, layer.bias):
+        apart = torch.corrcoef(p.detach().flatten(1)) - torch.eye(4)
+        assert float(apart.abs().max()) < 0.4
     values = QEnsemble(3, 2, (16,), 4)(torch.randn(5, 3), torch.randn(5, 2)).detach()
     assert float(values.std(0).min()) > 0
 
