@@ -224,9 +224,11 @@ def test_the_members_start_apart_and_like_ordinary_layers() -> None:
         assert float(p.detach().abs().max()) <= bound
         assert float(p.detach().abs().max()) > 0.9 * bound
     assert float(layer.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
-    for p in (layer.weight, layer.bias):
-        apart = torch.corrcoef(p.detach().flatten(1)) - torch.eye(4)
-        assert float(apart.abs().max()) < 0.4
+    q = QEnsemble(16, 8, (32, 32), 4)
+    for layers in zip(*[linears(m) for m in q.members], strict=True):
+        rows = torch.stack([torch.cat([x.weight.flatten(), x.bias]) for x in layers]).detach()
+        apart = torch.corrcoef(rows) - torch.eye(4)
+        assert float(apart.abs().max()) < 0.6
     values = QEnsemble(3, 2, (16,), 4)(torch.randn(5, 3), torch.randn(5, 2)).detach()
     assert float(values.std(0).min()) > 0
 
