@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -203,7 +204,10 @@ def save_agent(folder: Path, agent: Agent, note: dict[str, Any]) -> None:
 
 def load_agent(folder: Path, agent: Agent) -> None:
     """Load parameters and buffers into `agent`; UsageError when they do not fit it."""
-    weights = load_file(folder / "agent.safetensors", device=str(agent.spec.device))
+    try:
+        weights = load_file(folder / "agent.safetensors", device=str(agent.spec.device))
+    except (OSError, SafetensorError) as e:
+        raise UsageError(f"{folder / 'agent.safetensors'} is missing or damaged: {e}") from e
     try:
         agent.load_state_dict(weights)
     except RuntimeError as e:

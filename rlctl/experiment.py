@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlctl_envs import VecEnv
 
 KEYS = ("algo", "env", "data", "seed", "device", "env_options", "agent", "run")
+SECTIONS, NAMES = ("env_options", "agent", "run"), ("algo", "env", "data", "device")
 SCHEMA = 1
 
 
@@ -124,6 +125,8 @@ def load_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text())
     except OSError as e:
         raise UsageError(f"cannot read the config file {file}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{file} is not a text file") from e
     except yaml.YAMLError as e:
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
@@ -199,7 +202,6 @@ def pick_device(asked: str) -> tuple[torch.device, str]:
 
 
 def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
-    device, why = pick_device(settings.device)
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
@@ -210,6 +212,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
     run: Run | None = None
     refused = False
     try:
+        device, why = pick_device(settings.device)
         env, data, env_id, spec = _sources(settings, device)
         cfg = settings.agent
         options = settings.env_options
@@ -367,7 +370,12 @@ def _sectioned(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Put keys that are not sections under `agent`, so that `--set lr=1e-3` and `--set agent.lr=1e-3` are one."""
     out: dict[str, Any] = {}
     for key, value in layer.items():
-        if key in KEYS:
+        if key in SECTIONS and not isinstance(value, Mapping):
+            if value is not None:  # an empty section of a file
+                raise UsageError(f"'{key}' is a section of settings, got {value!r}: write {key}.KEY=VALUE")
+        elif key in NAMES and not isinstance(value, str | None):
+            raise UsageError(f"'{key}' is a name, got {value!r}")
+        elif key in KEYS:
             out[key] = (
                 merge(out[key], value) if isinstance(out.get(key), dict) and isinstance(value, Mapping) else value
             )

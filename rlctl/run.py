@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
 from torch import Tensor
@@ -48,23 +49,23 @@ if TYPE_CHECKING:
 class RunConfig:
     """How a run watches itself. Periods count environment steps online and gradient steps offline."""
 
-    log_every: int | None = None
-    """Period of metric rows; None takes 1/500 of the run."""
-    eval_every: int | None = None
+    log_every: Annotated[int, Field(ge=0)] | None = None
+    """Period of metric rows; None takes 1/500 of the run, 0 writes one only at the end."""
+    eval_every: Annotated[int, Field(ge=0)] | None = None
     """Period of evaluations; None takes 1/100 of the run, 0 evaluates only at the end."""
-    eval_episodes: int = 10
+    eval_episodes: Annotated[int, Field(ge=1)] = 10
     """Episodes per evaluation during training."""
-    final_episodes: int = 100
-    """Episodes of the evaluation at the end."""
+    final_episodes: Annotated[int, Field(ge=0)] = 100
+    """Episodes of the evaluation at the end, 0 for none."""
     eval_stochastic: bool = False
     """Evaluate with sampled actions as well as with deterministic ones."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Annotated[int, Field(ge=0)] | None = None
     """Period of checkpoints; None takes 1/10 of the run, 0 writes one only at the end and on interruption."""
-    keep: int = 2
+    keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept, the newest ones (the best agent is kept beside them)."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
-    threads: int | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch; None takes all cores. Results are bit-reproducible for one value of it."""
 
 

@@ -72,6 +72,8 @@ class PPO(Agent):
         size = spec.num_envs * c.horizon
         if size % c.minibatch_size:
             raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
+        if c.minibatch_size == 1 and c.normalize_advantage:
+            raise ValueError("minibatch_size=1 leaves no spread to normalise advantages by: set normalize_advantage=false")
         self.obs_norm = ObsNorm(spec.obs_dim)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)

@@ -69,7 +69,7 @@ class TD3BC(TD3):
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a)^2],  lambda = alpha / E|Q_1(s, pi(s))| (no gradient)."""
         action = self.pi(b.obs)
         q = self.q(b.obs, action)[0]
-        lam = self.cfg.alpha / q.detach().abs().mean()
+        lam = self.cfg.alpha / q.detach().abs().mean().clamp(min=1e-8)
         return -lam * q.mean() + (action - b.action).square().mean()
 
     def update(self, b: Batch) -> Metrics:

@@ -33,7 +33,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Entry point of the `rlctl` command."""
     try:
-        app(standalone_mode=True)
+        code = app(prog_name="rlctl", standalone_mode=False)
     except RlctlError as e:
         fail(str(e), e.exit_code)
     except MemoryError as e:
@@ -43,6 +43,14 @@ def main() -> None:
         if not _is_refusal(e):
             raise
         fail(str(e), 2)
+    except Exception as e:
+        message = getattr(e, "format_message", None)  # the parser's own, whichever parser this version of typer has
+        if message is None:
+            raise
+        context = getattr(e, "ctx", None)
+        where = context.command_path if context else "rlctl"
+        fail(f"{message().rstrip('.')}; see `{where} --help`", 2)
+    sys.exit(code)
 
 
 def fail(message: str, code: int) -> None:
