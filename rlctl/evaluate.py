@@ -62,7 +62,7 @@ def evaluate(
     try:
         with agent.borrowed_rng(seed):
             for round_ in range(-(-episodes // env.num_envs)):
-                obs, _ = env.reset(seed=seed + round_)
+                obs, _ = env.reset(seed=seed + round_ * env.num_envs)
                 total = torch.zeros(env.num_envs, dtype=torch.float64, device=obs.device)
                 length = torch.zeros(env.num_envs, dtype=torch.int64, device=obs.device)
                 alive = torch.ones(env.num_envs, dtype=torch.bool, device=obs.device)

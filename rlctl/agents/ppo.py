@@ -73,13 +73,13 @@ class PPO(Agent):
         if size % c.minibatch_size:
             raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
         if c.minibatch_size == 1 and c.normalize_advantage:
-            raise ValueError("minibatch_size=1 leaves no spread to normalise advantages by: set normalize_advantage=false")
+            raise ValueError("minibatch_size=1 has no spread to normalise advantages by: set normalize_advantage=false")
         self.obs_norm = ObsNorm(spec.obs_dim)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)
         self.v = ValueNet(spec.obs_dim, c.hidden, c.activation, orthogonal=1.0)
         self.opt = adam([*self.pi.parameters(), *self.v.parameters()], c.lr, eps=1e-5)
-        self.total_updates = max(c.steps // size, 1)
+        self.total_updates = -(-c.steps // size)  # the loop finishes the rollout it has begun
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations as the networks see them."""

@@ -53,7 +53,7 @@ class SAC(Agent):
         super().__init__(spec, cfg)
         c = self.cfg
         if c.alpha <= 0:
-            raise ValueError(f"alpha={c.alpha} is not a temperature: it must be positive (1e-8 all but switches it off)")
+            raise ValueError(f"alpha={c.alpha} is no temperature: it must be positive (1e-8 all but switches it off)")
         self.pi = TanhGaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden)
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
         self.q_lagged = frozen_copy(self.q)
