@@ -48,6 +48,8 @@ def main() -> None:
         if message is None:
             raise
         context = getattr(e, "ctx", None)
+        if not message():  # no command at all: the help has been printed
+            sys.exit(2)
         where = context.command_path if context else "rlctl"
         fail(f"{message().rstrip('.')}; see `{where} --help`", 2)
     sys.exit(code)

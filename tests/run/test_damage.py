@@ -63,7 +63,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
     ("agent.safetensors", flip),
     ("optim.safetensors", cut),
     ("rng.safetensors", Path.unlink),
-    ("buffer/segment-00000.safetensors", flip),
+    ("off_policy.buffer/segment-00000.safetensors", flip),
     ("env/state.safetensors", empty),
     ("manifest.json", cut),
     ("manifest.json", flip_digit),
@@ -77,7 +77,7 @@ def test_falls_back_to_the_one_before_and_says_so(
 ) -> None:
     root = stopped / "checkpoints"
     bad = root / "step_000000000130" / name
-    if name.startswith("buffer"):  # hard-linked into the checkpoint before: a copy, or both would be damaged
+    if name.startswith("off_policy.buffer"):  # hard-linked into the checkpoint before: a copy, or both would be damaged
         data = bad.read_bytes()
         bad.unlink()
         bad.write_bytes(data)
@@ -89,7 +89,7 @@ def test_falls_back_to_the_one_before_and_says_so(
     # what follows does not build on the damaged files: the segments linked from checkpoint to checkpoint are sound
     for folder in root.glob("step_*"):
         assert checkpoint.damaged(folder) == []
-    segments = [k for k in final_state(stopped) if k.startswith("buffer/segment")]
+    segments = [k for k in final_state(stopped) if k.startswith("off_policy.buffer/segment")]
     assert len(segments) == 7
     assert (root / "damaged-step_000000000130").is_dir()
     # another segment size is another set of files, so compare what they hold
@@ -297,7 +297,7 @@ def test_full_disk_leaves_the_checkpoint_before(
     sync = checkpoint._sync_file
 
     def no_space(file: Path) -> None:
-        if file.name == name and file.parent.name.startswith((".tmp-step", "buffer")):
+        if file.name == name and file.parent.name.startswith((".tmp-step", "off_policy.buffer")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         sync(file)
 

@@ -1,0 +1,179 @@
+"""Whatever is wrong with a request: one line on stderr that helps, an exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import PPO, SAC, Cli, Result
+
+PPO_ON_HOPPER = ["train", "--algo", "ppo", "--env", "Hopper", "--steps", "20"]
+
+
+def refused(r: Result, *words: str, code: int = 2) -> None:
+    assert r.code == code, r
+    assert r.out == ""
+    assert r.err.startswith("rlctl: ")
+    assert r.err.count("\n") == 1, r.err
+    assert "Traceback" not in r.err
+    assert [w for w in words if w not in r.err] == []
+
+
+def config_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train"], ["no algorithm", "--algo"]),
+        (["train", "--algo", "pppo", "--env", "Hopper"], ["unknown algorithm 'pppo'", "did you mean 'ppo'"]),
+        (["train", "--algo", "SAC", "--env", "Hopper"], ["did you mean 'sac'"]),
+        (["train", "--algo", "ppo"], ["--env", "rlctl envs"]),
+        (["train", "--algo", "ppo", "--env", "Hoper"], ["unknown environment 'Hoper'", "Hopper"]),
+        (["train", "--algo", "ppo", "--env", "probe:constnt"], ["probe:constant"]),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1"], ["CartPole-v1", "Box"]),
+        (["train", "--algo", "ppo", "--env", "Hopper", "--data", "x"], ["reads no dataset"]),
+        (["train", "--algo", "td3bc", "--env", "Hopper"], ["--data"]),
+        (["train", "--algo", "td3bc", "--data", "no/such/dataset-v0"], ["no dataset 'no/such/dataset-v0'"]),
+        (["train", "--algo", "td3bc", "--data", "nothing.hdf5"], ["nothing.hdf5"]),
+        (["train", "--algo", "nowhere.at_all:Agent", "--env", "Hopper"], ["no module 'nowhere.at_all'"]),
+        (["train", "--algo", "rlctl.agents.sac:SCA", "--env", "Hopper"], ["no class 'SCA'", "SAC"]),
+        (["train", "--algo", "json:JSONDecoder", "--env", "Hopper"], ["not an rlctl.Agent subclass"]),
+        ([*PPO_ON_HOPPER, "--set", "gama=0.9"], ["no key 'gama'", "did you mean 'gamma'"]),
+        ([*PPO_ON_HOPPER, "--set", "run.eval_evry=9"], ["no key 'eval_evry'", "did you mean 'eval_every'"]),
+        ([*PPO_ON_HOPPER, "--set", "rum.keep=9"], ["no key 'rum'", "'run'"]),
+        ([*PPO_ON_HOPPER, "--set", "gamma=high"], ["gamma='high'"]),
+        ([*PPO_ON_HOPPER, "--set", "num_envs=2.5"], ["num_envs=2.5"]),
+        ([*PPO_ON_HOPPER, "--set", "activation=rlu"], ["activation='rlu'", "relu"]),
+        ([*PPO_ON_HOPPER, "--set", "gamma"], ["key=value", "'gamma'"]),
+        ([*PPO_ON_HOPPER, "--set", "hidden=[64"], ["hidden"]),
+        ([*PPO_ON_HOPPER, "--set", "minibatch_size=7"], ["minibatch_size=7 does not divide"]),
+        ([*PPO_ON_HOPPER, "--set", "seed=-1"], ["seed", "-1"]),
+        ([*PPO_ON_HOPPER, "--set", "run=5"], ["run"]),
+        ([*PPO_ON_HOPPER, "--set", "agent=5"], ["agent"]),
+        ([*PPO_ON_HOPPER, "--set", "env_options=5"], ["env_options"]),
+        (["train", "--algo", "ppo", "--set", "env=5"], ["'env'", "5"]),
+        ([*PPO_ON_HOPPER, "--set", "device=5"], ["device"]),
+        ([*PPO_ON_HOPPER, "--set", "env_options.no_such=1"], ["no_such"]),
+        ([*PPO_ON_HOPPER, "--set", "env_options.physics=quantum"], ["quantum"]),
+        ([*PPO_ON_HOPPER, "--set", "num_envs=0"], ["num_envs"]),
+        ([*PPO_ON_HOPPER, "--set", "run.log_every=-1"], ["log_every"]),
+        ([*PPO_ON_HOPPER, "--set", "run.keep=0"], ["keep"]),
+        ([*PPO_ON_HOPPER, "--set", "run.eval_episodes=0"], ["eval_episodes"]),
+        ([*PPO_ON_HOPPER, "--set", "run.threads=0"], ["threads"]),
+        ([*PPO_ON_HOPPER, "--device", "tpu"], ["tpu", "cpu"]),
+        ([*PPO_ON_HOPPER, "--device", "mps"], ["mps", "cpu"]),
+        ([*PPO_ON_HOPPER, "--config", "none.yaml"], ["cannot read the config file none.yaml"]),
+        (["resume", "nowhere"], ["nowhere is not a run directory"]),
+        (["eval", "nowhere"], ["nowhere is not a run directory"]),
+        (["config", "pppo"], ["did you mean 'ppo'"]),
+        (["config", "ppo", "--env", "Hoper"], ["Hopper"]),
+    ],
+    ids=lambda x: " ".join(x[1:])[:60] if isinstance(x, list) and "train" in x else "",
+)
+def test_refused_in_one_line(args: list[str], words: list[str], cli: Cli, tmp_path: Path) -> None:
+    refused(cli(*args), *words)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []  # a refused request leaves no run directory
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["train", "--alg", "ppo"], "--algo"),
+        (["train", "--algo", "ppo", "--steps", "many"], "--steps"),
+        (["train", "--algo", "ppo", "--steps", "0"], "--steps"),
+        (["train", "--algo", "ppo", "--seed", "-1"], "--seed"),
+        (["trian"], "'train'"),
+        (["eval", ".", "--episodes", "0"], "--episodes"),
+        (["resume"], "RUN_DIR"),
+    ],
+)
+def test_misspelt_options(args: list[str], word: str, cli: Cli) -> None:
+    refused(cli(*args), word, "--help`")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("agent: [1, 2", ["mine.yaml is not valid YAML"]),
+        ("- 1\n- 2\n", ["mine.yaml does not hold a mapping"]),
+        ("", ["mine.yaml does not hold a mapping"]),
+        ("agent:\n  gama: 1\n", ["no key 'gama'", "gamma"]),
+        ("agnt:\n  gamma: 1\n", ["no key 'agnt'", "agent"]),
+        ("agent: 5\n", ["'agent' is a section"]),
+        ("seed: 1.5\n", ["seed", "1.5"]),
+        ("!!python/object/apply:os.system ['true']", ["mine.yaml is not valid YAML"]),
+    ],
+)
+def test_bad_config_files(text: str, words: list[str], cli: Cli, tmp_path: Path) -> None:
+    refused(cli(*PPO_ON_HOPPER, "--config", config_file(tmp_path, text)), *words)
+
+
+def test_config_is_a_folder_or_binary(cli: Cli, tmp_path: Path) -> None:
+    refused(cli(*PPO_ON_HOPPER, "--config", tmp_path), "cannot read the config file")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    refused(cli(*PPO_ON_HOPPER, "--config", "x.yaml"), "x.yaml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(cli: Cli) -> None:
+    refused(cli(*PPO_ON_HOPPER, "--device", "cuda"), "--device cuda", "no CUDA device", "--device cpu")
+
+
+def test_buffer_too_large(cli: Cli, tmp_path: Path) -> None:
+    size = 10**12
+    r = cli(
+        "train", "--algo", "sac", "--env", "Hopper", "--steps", str(size), "--set", f"buffer_size={size}", "--quiet"
+    )
+    refused(r, "GiB", "--set buffer_size=")
+    fits = int(r.err.split("buffer_size=")[1].split()[0])
+    assert 10**5 < fits < size
+    assert list(tmp_path.rglob("*.yaml")) == []
+    # a large buffer that a short run can never fill is no obstacle
+    r = cli.train(
+        "--algo", "sac", "--env", "probe:both", "--steps", "30", "--quiet", sets=[*SAC, f"buffer_size={10**9}"]
+    )
+    assert r.code == 0, r.err
+
+
+def test_out_that_is_taken(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
+    before = sorted(ppo_run.rglob("*"))
+    refused(cli.train("--algo", "ppo", "--env", "Hopper", "--out", ppo_run, sets=PPO), "not empty", "rlctl resume")
+    assert sorted(ppo_run.rglob("*")) == before
+    (tmp_path / "file").write_text("mine")
+    refused(cli.train("--algo", "ppo", "--env", "Hopper", "--out", "file", sets=PPO), "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_that_is_empty_is_used(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    r = cli.train("--algo", "ppo", "--env", "probe:both", "--steps", "40", "--out", "empty", "--quiet", sets=PPO)
+    assert (r.code, r.out, r.err) == (0, "", "")
+    assert (tmp_path / "empty" / "run.json").exists()
+
+
+def test_run_without_a_checkpoint_cannot_be_evaluated(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ppo_run, copy)
+    shutil.rmtree(copy / "checkpoints")
+    refused(cli("eval", copy), "no latest checkpoint")
+    refused(cli("eval", copy, "--best"), "no best checkpoint")
+
+
+def test_eval_of_a_damaged_checkpoint(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ppo_run, copy)
+    weights = max((copy / "checkpoints").glob("step_*")) / "agent.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(cli("eval", copy), "agent.safetensors", "damaged")
+
+
+def test_mistake_in_a_users_file_shows_its_traceback(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "broken_agent.py").write_text("import no_such_package_at_all\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+        cli("train", "--algo", "broken_agent:X", "--env", "Hopper")
