@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlctl.errors import UsageError
+from rlctl.provenance import versions
 from rlctl.types import Agent
 
 FORMAT = 1
@@ -65,8 +66,20 @@ def write_atomically(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def save(root: Path, name: str, agent: Agent, parts: Mapping[str, Part], snap: Snapshot, keep: int) -> Path:
-    """Write checkpoint `name` under `root`, point `latest` at it, and drop all but the newest `keep`."""
+def save(
+    root: Path,
+    name: str,
+    agent: Agent,
+    parts: Mapping[str, Part],
+    snap: Snapshot,
+    keep: int,
+    carried: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write checkpoint `name` under `root`, point `latest` at it, and drop all but the newest `keep`.
+
+    `carried` are folders of parts restored from an earlier checkpoint that nobody has claimed yet (a later stage of the
+    run will): they go into this one as they are.
+    """
     root.mkdir(parents=True, exist_ok=True)
     previous = latest(root)
     old_manifest = None if previous is None else json.loads((previous / "manifest.json").read_text())
@@ -84,10 +97,13 @@ def save(root: Path, name: str, agent: Agent, parts: Mapping[str, Part], snap: S
         (temp / part_name).mkdir()
         before = None if previous is None else previous / part_name
         part.save(temp / part_name, before if before is not None and before.exists() else None)
+    for part_name, folder in (carried or {}).items():
+        shutil.copytree(folder, temp / part_name)
 
     manifest = {
         "format": FORMAT,
         "agent": type(agent).__name__,
+        "versions": versions(),
         "counters": agent.counters,
         "optim": groups,
         "parts": list(parts),

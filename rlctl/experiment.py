@@ -263,6 +263,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             _record(folder, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
     finally:
+        torch.set_flush_denormal(False)
         if run is not None:
             run.close()
         if env is not None:

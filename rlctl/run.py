@@ -51,8 +51,10 @@ class RunConfig:
 
     log_every: Annotated[int, Field(ge=0)] | None = None
     """Period of metric rows; None takes 1/500 of the run, 0 writes one only at the end."""
+    evaluations: Annotated[int, Field(ge=1)] = 100
+    """Evaluations during a run, evenly spread."""
     eval_every: Annotated[int, Field(ge=0)] | None = None
-    """Period of evaluations; None takes 1/100 of the run, 0 evaluates only at the end."""
+    """Period of evaluations instead of their number; 0 evaluates only at the end."""
     eval_episodes: Annotated[int, Field(ge=1)] = 10
     """Episodes per evaluation during training."""
     final_episodes: Annotated[int, Field(ge=0)] = 100
@@ -94,6 +96,15 @@ class EpisodeStats:
         ret, length, n = self.sums.tolist()
         self.sums.zero_()
         return (ret / n, length / n, int(n)) if n else (math.nan, math.nan, 0)
+
+
+@dataclass
+class Stage:
+    """A named part of a run, with counters of its own."""
+
+    name: str
+    env_steps: int = 0
+    updates: int = 0
 
 
 class Stateful(Protocol):
@@ -167,7 +178,13 @@ class Run:
         self._stop = False
         self._saved_at = -1
         self._restored: Path | None = None
-        self._pending_parts: set[str] = set()
+        self.stages: dict[str, Stage] = {}
+        self._stage = Stage("none")
+        self._planned = False
+        self._envs: list[VecEnv] = []
+        self._unclaimed: dict[str, Path] = {}
+        """Folders of restored parts by name, until a stage brings the object they belong to."""
+        self._offsets: dict[str, int] = {}
         self._rows: dict[str, IO[str]] = {}
         self._writer: SummaryWriter | None = None
         self._lock: IO[str] | None = None
@@ -179,44 +196,85 @@ class Run:
                 self._restored = checkpoint.newest_intact(self.folder / "checkpoints", self.display.say)
 
     # -------------------------------------------------------------------------------------------------- the loop
-    def begin(self, agent: Agent, *, env: VecEnv | None = None, buffer: Any = None, total: int) -> Any:
-        """Register the parts of a loop; restore what a checkpoint holds of them. Returns the observation to act on.
+    def stage(self, agent: Agent, name: str) -> Stage:
+        """The counters of the stage `name`; the first call restores agent and run when the run is a resumed one.
 
-        Called by every loop at its start, so several times in a multi-stage run: agent and counters are restored by
-        the first call, an environment or a buffer by the first call that brings it.
+        A loop asks for its stage first and returns at once when the stage has made all its steps: so a resumed
+        multi-stage run calls its loops again from the start and goes on where it was.
         """
-        self.total = max(total, self.total)
-        self._parts = {}
-        if buffer is not None and hasattr(buffer, "save"):
-            self._parts["buffer"] = buffer
-        if env is not None and env.can_checkpoint:
-            self._parts["env"] = EnvPart(env)
         if self._restored is not None:
             self._restore_run(agent, self._restored)
-        if env is not None and "env" not in self._pending_parts:
-            self.episodes = EpisodeStats(env.num_envs, agent.spec.device)
         if self.folder is not None and not self._rows:
             self._open_logs()
-        obs = None
-        resumed_env = False
-        for name in [p for p in self._parts if p in self._pending_parts]:
-            assert self._loaded_from is not None
-            self._parts[name].load(self._loaded_from / name)
-            self._pending_parts.discard(name)
-            resumed_env |= name == "env"
-        if env is not None:
-            if resumed_env:
-                obs = env.current_obs
-            else:
-                if self.progress and not env.can_checkpoint:
-                    self.display.say(f"{env.id} cannot restore its simulator: the run goes on with fresh episodes")
-                obs, _ = env.reset(seed=derive(self.seed, "env"))
+        return self.stages.setdefault(name, Stage(name))
+
+    def begin(self, agent: Agent, stage: Stage, *, env: VecEnv | None = None, buffer: Any = None, left: int) -> Any:
+        """Start or go on with a stage that has `left` steps to make. Returns the observation to act on.
+
+        The first stage that brings an environment or a buffer makes it part of all checkpoints from then on, and loads
+        it if the run is resumed. An environment that an earlier stage has used goes on where it stands.
+        """
+        unowned_parameters(agent)
+        self._stage = stage
+        if not self._planned:
+            self._set_total(self.progress + left)
+        if buffer is not None and hasattr(buffer, "save"):
+            self._claim(f"{stage.name}.buffer", buffer)
+        obs = None if env is None else self._start_env(agent, env, stage)
         self.display.start(self.total, self.progress)
         self._evaluate_if_due(agent)
         if self._stop:  # an evaluation that was due and is not made stays due at this very step
             self.save(agent)
             raise Interrupted(self.folder)
         return obs
+
+    def plan(self, total: int) -> None:
+        """Say how long the whole of a multi-stage run is (its progress at the end), before its first loop.
+
+        Without it periods that are parts of the total, and the time to go, refer to the stage under way.
+        """
+        self._set_total(total)
+        self._planned = True
+
+    def _start_env(self, agent: Agent, env: VecEnv, stage: Stage) -> Tensor:
+        name = f"{stage.name}.env"
+        if any(e is env for e in self._envs):
+            if env.can_checkpoint:
+                self._claim(name, EnvPart(env))
+            return env.current_obs
+        self._envs.append(env)
+        if env.can_checkpoint and self._claim(name, EnvPart(env)):
+            return env.current_obs
+        self.episodes = EpisodeStats(env.num_envs, agent.spec.device)
+        stream = "env"
+        if self.progress and not env.can_checkpoint:
+            self.display.say(f"{env.id} cannot restore its simulator: the run goes on with fresh episodes")
+            stream = f"env at {self.progress}"  # not the episodes it has already seen
+        obs, _ = env.reset(seed=derive(self.seed, f"{stream}/{stage.name}", 31))
+        return obs
+
+    def _claim(self, name: str, part: checkpoint.Part) -> bool:
+        """Make `part` a part of the checkpoints; load it and return True if the restored checkpoint holds it."""
+        self._parts = {
+            n: p for n, p in self._parts.items() if not _same(p, part)
+        }  # it may have had another stage's name
+        self._parts[name] = part
+        folder = self._unclaimed.pop(name, None)
+        if folder is not None:
+            part.load(folder)
+        return folder is not None
+
+    def _set_total(self, total: int) -> None:
+        """Change the length of the run; periods that are parts of it move, and so do the marks that count them."""
+        if total == self.total:
+            return
+        self.total = total
+        if self.progress:
+            chosen = (self.config.log_every, self.config.eval_every, self.config.checkpoint_every)
+            auto = {"log": 500, "eval": self.config.evaluations, "checkpoint": 10}
+            for (what, parts), every in zip(auto.items(), chosen, strict=True):
+                if every is None:
+                    self.marks[what] = self.progress // self.period(None, parts)
 
     def tick(self, agent: Agent, metrics: Sequence[Metrics], env_steps: int) -> None:
         """After each step of a loop: `metrics` of its updates (maybe none) and the env steps it took.
@@ -225,6 +283,8 @@ class Run:
         """
         self.env_steps += env_steps
         self.updates += len(metrics)
+        self._stage.env_steps += env_steps
+        self._stage.updates += len(metrics)
         self.progress += env_steps or len(metrics)
         for row in metrics:
             for name, value in row.items():
@@ -336,7 +396,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ evaluation
     def _evaluate_if_due(self, agent: Agent) -> None:
-        every = self.period(self.config.eval_every, 100)
+        every = self.period(self.config.eval_every, self.config.evaluations)
         if self.make_eval_env is None or every < 1 or self.progress // every <= self.marks["eval"]:
             return
         if self._stop:
@@ -349,7 +409,7 @@ class Run:
         assert self.make_eval_env is not None
         with self.timed("eval"):
             if episodes not in self._eval_envs:
-                self._eval_envs[episodes] = self.make_eval_env(episodes, derive(self.seed, stream))
+                self._eval_envs[episodes] = self.make_eval_env(episodes, derive(self.seed, stream, 31))
             env = self._eval_envs[episodes]
             results = {}
             for stochastic in (False, True) if self.config.eval_stochastic else (False,):
@@ -357,7 +417,7 @@ class Run:
                     agent,
                     env,
                     episodes,
-                    seed=derive(self.seed, stream) % 2**31,
+                    seed=derive(self.seed, stream, 31),
                     stochastic=stochastic,
                     interrupted=lambda: self._stop,
                 )
@@ -400,9 +460,6 @@ class Run:
         return main
 
     # ------------------------------------------------------------------------------------------------ checkpoint
-    _offsets: dict[str, int] = {}  # noqa: RUF012 - replaced, never mutated
-    _loaded_from: Path | None = None
-
     def save(self, agent: Agent) -> None:
         """Write a checkpoint of this moment (once)."""
         if self.folder is None or self._saved_at == self.progress:
@@ -415,6 +472,7 @@ class Run:
             "updates": self.updates,
             "progress": self.progress,
             "total": self.total,
+            "stages": {n: [x.env_steps, x.updates] for n, x in self.stages.items()},
             "marks": self.marks,
             "spent": self.spent,
             "interval": list(self._interval),
@@ -427,7 +485,10 @@ class Run:
         tensors |= {"ret": self.episodes.ret, "length": self.episodes.length, "episodes": self.episodes.sums}
         name = f"step_{self.progress:012d}"
         snap = checkpoint.Snapshot(state, tensors)
-        checkpoint.save(self.folder / "checkpoints", name, agent, self._parts, snap, self.config.keep)
+        folder = checkpoint.save(
+            self.folder / "checkpoints", name, agent, self._parts, snap, self.config.keep, self._unclaimed
+        )
+        self._unclaimed = {n: folder / n for n in self._unclaimed}
         self._saved_at = self.progress
 
     def _restore_run(self, agent: Agent, folder: Path) -> None:
@@ -443,16 +504,12 @@ class Run:
         self._sums = {k.removeprefix("sum."): v for k, v in snap.tensors.items() if k.startswith("sum.")}
         self.episodes.ret, self.episodes.length = snap.tensors["ret"], snap.tensors["length"]
         self.episodes.sums = snap.tensors["episodes"]
-        self._pending_parts = {p.name for p in folder.iterdir() if p.is_dir()}
-        self._loaded_from, self._restored, self._saved_at = folder, None, self.progress
-        if s["total"] != self.total:  # periods that are parts of the total have changed with it
-            every = {
-                "log": self.config.log_every,
-                "eval": self.config.eval_every,
-                "checkpoint": self.config.checkpoint_every,
-            }
-            parts = {"log": 500, "eval": 100, "checkpoint": 10}
-            self.marks |= {k: self.progress // self.period(None, n) for k, n in parts.items() if every[k] is None}
+        self._unclaimed = {p.name: p for p in folder.iterdir() if p.is_dir()}
+        self.stages = {n: Stage(n, *counts) for n, counts in s["stages"].items()}
+        self._restored, self._saved_at = None, self.progress
+        planned, self.total = self.total, s["total"]
+        if self._planned:
+            self._set_total(planned)
         self.display.say(f"resumed from {folder.name}: {self.env_steps:,} env steps, {self.updates:,} updates")
 
     def diverged(self, agent: Agent, names: Sequence[str] = ()) -> Diverged:
@@ -524,6 +581,23 @@ class Run:
         self.display.stop()
         if self._lock is not None:
             self._lock.close()
+
+
+def unowned_parameters(agent: Agent) -> None:
+    """Raise TypeError for a trainable parameter that none of the agent's optimisers holds: it would never move."""
+    owned = {id(p) for opt in agent.optimizers().values() for group in opt.param_groups for p in group["params"]}
+    if lost := [n for n, p in agent.named_parameters() if p.requires_grad and id(p) not in owned]:
+        names = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
+        raise TypeError(
+            f"no optimiser of {type(agent).__name__} holds {names}: keep optimisers as attributes (or in a dict or "
+            "list that is one), or freeze with requires_grad_(False)"
+        )
+
+
+def _same(a: checkpoint.Part, b: checkpoint.Part) -> bool:
+    if isinstance(a, EnvPart) and isinstance(b, EnvPart):
+        return a.env is b.env
+    return a is b
 
 
 def non_finite(agent: Agent) -> list[str]:

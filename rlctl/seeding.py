@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 
-def derive(seed: int, name: str) -> int:
-    """A 63-bit seed for the stream `name` of the run seeded with `seed` (>= 0)."""
+def derive(seed: int, name: str, bits: int = 63) -> int:
+    """A seed of `bits` bits for the stream `name` of the run seeded with `seed` (>= 0).
+
+    Environments get 31: some still seed numpy's old generator, which takes no more than 32.
+    """
     if seed < 0:
         raise ValueError(f"a seed is a non-negative integer, got {seed}")
     state = np.random.SeedSequence(entropy=seed, spawn_key=(zlib.crc32(name.encode()),)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+    return int(state[0] >> np.uint64(64 - bits))
 
 
 def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,7 +1,8 @@
 """The loops. They own time: who acts, when to learn, when to tick. No loop asks which agent it holds.
 
-Every loop is a plain function you can call or replace; a multi-stage method is a function that calls several.
-`steps` and `updates` are totals of the run, not of the call, so a resumed run simply calls its loops again.
+Every loop is a plain function you can call or replace; a multi-stage method is a function that calls several. `steps`
+and `updates` are totals of the named stage, not of the call: a loop whose stage has made them returns at once, so a
+resumed run simply calls its loops again from the first, and phases that alternate give growing totals.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rlctl.data.ring import Ring, refuse_if_too_large
 from rlctl.data.rollout import Rollout
-from rlctl.types import Agent, AgentConfig, Batch, Buffer, Regime
+from rlctl.types import Agent, AgentConfig, Batch, Buffer, Metrics, Regime
 
 if TYPE_CHECKING:
     from rlctl.run import Run
@@ -70,27 +71,47 @@ class Dataset(Protocol):
 def collect(agent: Agent, env: VecEnv, obs: Tensor, into: Buffer | Rollout, run: Run, random: bool = False) -> Tensor:
     """One vector step: act on `obs` [N, O], step, store. Returns the next observation to act on.
 
-    `random` replaces the action by a uniform one from [-1, 1]^A.
+    `random` asks the agent for a warm-up action (`Agent.random_act`) instead of one of its policy.
     """
-    action, extra = agent.act(obs, explore=True)
-    if random:
-        action = torch.rand(action.shape, generator=agent.rng["action"], device=action.device) * 2 - 1
+    action, extra = agent.random_act(obs) if random else agent.act(obs, explore=True)
     next_obs, reward, terminated, truncated, info = env.step(action)
     into.add(Batch(obs, action, reward, info["next_obs"], terminated, truncated, extra))
     run.episodes.add(reward, terminated | truncated)
+    agent.counters["env_steps"] += env.num_envs
     return next_obs
 
 
-def on_policy(agent: Agent, env: VecEnv, run: Run, *, steps: int, horizon: int) -> None:
-    """Roll out `horizon` steps of every world, learn once from them, until the run has taken `steps` env steps."""
+Learn = Callable[[Batch], Metrics]
+"""What a loop calls on a batch; `agent.update` unless a phase of its own is wanted (pre-training, refitting)."""
+
+
+def on_policy(
+    agent: Agent,
+    env: VecEnv,
+    run: Run,
+    *,
+    steps: int | None = None,
+    horizon: int | None = None,
+    learn: Learn | None = None,
+    stage: str = "on_policy",
+) -> None:
+    """Roll out `horizon` steps of every world, learn once from them, until the stage has taken `steps` env steps.
+
+    What is not given comes from the agent's config.
+    """
+    steps, horizon = agent.cfg.steps if steps is None else steps, agent.cfg.horizon if horizon is None else horizon
+    learn = learn or agent.update
+    now = run.stage(agent, stage)
+    if now.env_steps >= steps:
+        return
     rollout = Rollout(horizon, agent.spec.device)
-    obs = run.begin(agent, env=env, total=steps)
-    while run.env_steps < steps:
+    obs = run.begin(agent, now, env=env, left=steps - now.env_steps)
+    while now.env_steps < steps:
         with run.timed("collect"):
             for _ in range(horizon):
                 obs = collect(agent, env, obs, rollout, run)
         with run.timed("learn"):
-            metrics = agent.update(rollout.whole())
+            metrics = learn(rollout.whole())
         run.tick(agent, [metrics], env_steps=horizon * env.num_envs)
 
 
@@ -100,37 +121,63 @@ def off_policy(
     buffer: Buffer,
     run: Run,
     *,
-    steps: int,
-    batch_size: int = 256,
-    learning_starts: int = 0,
-    updates_per_step: float = 1.0,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_starts: int | None = None,
+    updates_per_step: float | None = None,
+    learn: Learn | None = None,
+    stage: str = "off_policy",
 ) -> None:
-    """One vector step into `buffer`, then the updates it is owed, until the run has taken `steps` env steps.
+    """One vector step into `buffer`, then the updates it is owed, until the stage has taken `steps` env steps.
 
-    The first `learning_starts` env steps of the run act uniformly at random and earn no updates.
+    The first `learning_starts` env steps of the stage act at random and earn no updates. What is not given comes from
+    the agent's config.
     """
-    obs = run.begin(agent, env=env, buffer=buffer, total=steps)
+    cfg = agent.cfg
+    steps = cfg.steps if steps is None else steps
+    batch_size = cfg.batch_size if batch_size is None else batch_size
+    starts = cfg.learning_starts if learning_starts is None else learning_starts
+    ratio = cfg.updates_per_step if updates_per_step is None else updates_per_step
+    learn = learn or agent.update
+    now = run.stage(agent, stage)
+    if now.env_steps >= steps:
+        return
+    obs = run.begin(agent, now, env=env, buffer=buffer, left=steps - now.env_steps)
 
     def earned(env_steps: int) -> int:
-        return int(max(env_steps - learning_starts, 0) * updates_per_step)
+        return int(max(env_steps - starts, 0) * ratio)
 
-    while run.env_steps < steps:
-        after = run.env_steps + env.num_envs
+    while now.env_steps < steps:
         with run.timed("collect"):
-            obs = collect(agent, env, obs, buffer, run, random=run.env_steps < learning_starts)
+            obs = collect(agent, env, obs, buffer, run, random=now.env_steps < starts)
         with run.timed("learn"):
-            due = earned(after) - earned(run.env_steps)
-            metrics = [agent.update(buffer.sample(batch_size)) for _ in range(due)]
+            due = earned(now.env_steps + env.num_envs) - earned(now.env_steps)
+            metrics = [learn(buffer.sample(batch_size)) for _ in range(due)]
         run.tick(agent, metrics, env_steps=env.num_envs)
 
 
-def offline(agent: Agent, data: Dataset, run: Run, *, updates: int, batch_size: int = 256) -> None:
-    """Learn from `data` alone, until the run has made `updates` updates."""
-    agent.prepare(data.whole())
-    run.begin(agent, buffer=data, total=updates)
-    while run.updates < updates:
+def offline(
+    agent: Agent,
+    data: Dataset,
+    run: Run,
+    *,
+    updates: int | None = None,
+    batch_size: int | None = None,
+    learn: Learn | None = None,
+    stage: str = "offline",
+) -> None:
+    """Learn from `data` alone, until the stage has made `updates` updates (the config's `steps` if not given)."""
+    updates = agent.cfg.steps if updates is None else updates
+    batch_size = agent.cfg.batch_size if batch_size is None else batch_size
+    learn = learn or agent.update
+    agent.prepare(data)
+    now = run.stage(agent, stage)
+    if now.updates >= updates:
+        return
+    run.begin(agent, now, buffer=data, left=updates - now.updates)
+    while now.updates < updates:
         with run.timed("learn"):
-            metrics = agent.update(data.sample(batch_size))
+            metrics = learn(data.sample(batch_size))
         run.tick(agent, [metrics], env_steps=0)
 
 
@@ -150,30 +197,19 @@ class Job:
 def train_on_policy(job: Job) -> None:
     """The schedule of an on-policy agent."""
     assert job.env is not None
-    on_policy(job.agent, job.env, job.run, steps=job.cfg.steps, horizon=job.cfg.horizon)
+    on_policy(job.agent, job.env, job.run)
 
 
 def train_off_policy(job: Job) -> None:
     """The schedule of an off-policy agent: a fresh replay buffer and the loop."""
     assert job.env is not None
-    c = job.cfg
-    refuse_if_too_large(job.agent.spec, min(c.buffer_size, c.steps + job.env.num_envs))
-    buffer = Ring(c.buffer_size, job.agent.spec.device, job.seed)
-    off_policy(
-        job.agent,
-        job.env,
-        buffer,
-        job.run,
-        steps=c.steps,
-        batch_size=c.batch_size,
-        learning_starts=c.learning_starts,
-        updates_per_step=c.updates_per_step,
-    )
+    refuse_if_too_large(job.agent.spec, min(job.cfg.buffer_size, job.cfg.steps + job.env.num_envs))
+    off_policy(job.agent, job.env, Ring(job.cfg.buffer_size, job.agent.spec.device, job.seed), job.run)
 
 
 def train_offline(job: Job) -> None:
     """The schedule of an offline learner."""
-    offline(job.agent, job.data, job.run, updates=job.cfg.steps, batch_size=job.cfg.batch_size)
+    offline(job.agent, job.data, job.run)
 
 
 SCHEDULES: dict[Regime, Callable[[Job], None]] = {

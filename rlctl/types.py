@@ -7,8 +7,9 @@ action dimensions. A scalar per sample is always `[B]`, never `[B, 1]`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -53,7 +54,7 @@ class Batch(NamedTuple):
     """[...] bool: the task ended, the value of `next_obs` is zero."""
     truncated: Tensor
     """[...] bool: the episode was cut (time limit), the value of `next_obs` is not zero."""
-    extra: dict[str, Tensor] = {}  # noqa: RUF012 - shared empty default, never mutated
+    extra: Mapping[str, Tensor] = MappingProxyType({})
     """What the agent's `act` returned beside the action, or what a dataset carries, by name."""
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
@@ -114,13 +115,16 @@ class Agent(nn.Module):
             name: generator(spec.seed, name, spec.device) for name in ("action", "sample")
         }
         """`action` feeds `act`, `sample` feeds `update`; both are part of a checkpoint."""
-        self.counters: dict[str, int] = {"updates": 0}
-        """Python counters that steer an update (delays, schedules); part of a checkpoint."""
+        self.counters: dict[str, int] = {"updates": 0, "env_steps": 0}
+        """Python counters that steer an update (delays, schedules); part of a checkpoint. The loops keep `env_steps`,
+        the agent's `update` keeps `updates`."""
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions for `obs` [N, O]: (action [N, A] in the units of [-1, 1], extra to store beside the transition).
 
-        `explore=True` draws from the behaviour policy, `False` gives the deterministic action.
+        `explore=True` draws from the behaviour policy, `False` gives the deterministic action. Nothing but the `action`
+        generator may change: evaluations call this too. What counts environment steps reads
+        `self.counters["env_steps"]`.
         """
         raise NotImplementedError
 
@@ -129,23 +133,43 @@ class Agent(nn.Module):
         raise NotImplementedError
 
     def prepare(self, data: Any) -> None:
-        """Look at the whole dataset once before offline training (statistics, an index). Default: nothing."""
+        """Look at the whole `rlctl.data.Dataset` before offline training (statistics, an index). Default: nothing.
+
+        Called again when a run is resumed, so what it computes must depend on the data alone.
+        """
+
+    def random_act(self, obs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Warm-up actions, uniform in [-1, 1]^A, and their extra; an agent whose `act` stores one overrides this."""
+        shape = (*obs.shape[:-1], self.spec.act_dim)
+        return torch.rand(shape, generator=self.rng["action"], device=obs.device) * 2 - 1, {}
 
     @torch.no_grad()
     def predict(
-        self, observation: np.ndarray, state: None = None, deterministic: bool = True
+        self,
+        observation: np.ndarray,
+        state: None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
     ) -> tuple[np.ndarray, None]:
         """Numpy in, numpy out, one observation [O] or several [N, O]; actions are clipped to [-1, 1].
 
-        The signature is Stable-Baselines3's, so that scripts written for it can drive this agent.
+        The parameters are those of Stable-Baselines3's `predict` (`state` and `episode_start` are for recurrent
+        policies, and unused). Actions stay in [-1, 1]: rescale them for a Gymnasium environment with other bounds.
         """
         obs = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=self.spec.device)
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Every optimiser held as an attribute, by attribute name."""
-        return {k: v for k, v in vars(self).items() if isinstance(v, torch.optim.Optimizer)}
+        """Every optimiser held as an attribute, or in a dict or list that is one, by name (`opt_pi`, `opts/0`)."""
+        found: dict[str, torch.optim.Optimizer] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.optim.Optimizer):
+                found[name] = value
+            elif isinstance(value, dict | list | tuple) and not name.startswith("_"):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                found |= {f"{name}/{k}": v for k, v in items if isinstance(v, torch.optim.Optimizer)}
+        return found
 
     @contextlib.contextmanager
     def borrowed_rng(self, seed: int) -> Iterator[None]:

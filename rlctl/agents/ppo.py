@@ -152,7 +152,7 @@ class PPO(Agent):
         return {
             "losses/policy": torch.stack(policy_losses).mean(),
             "losses/value": torch.stack(value_losses).mean(),
-            "policy/entropy": pi.entropy().detach(),
+            "policy/entropy": pi.entropy().detach().mean(),
             "policy/approx_kl": torch.stack(kls).mean(),
             "policy/clip_fraction": torch.stack(clips).mean(),
             "policy/std": self.pi.log_std.detach().exp().mean(),

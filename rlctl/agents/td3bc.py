@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlctl.agents.td3 import TD3
 from rlctl.nets.normalizer import FixedNorm
-from rlctl.train import OfflineConfig
+from rlctl.train import Dataset, OfflineConfig
 from rlctl.types import Batch, Metrics, Spec
 
 
@@ -56,10 +56,10 @@ class TD3BC(TD3):
         super().__init__(spec, cfg)  # type: ignore[arg-type]
         self.obs_norm = FixedNorm(spec.obs_dim)
 
-    def prepare(self, data: Batch) -> None:
+    def prepare(self, data: Dataset) -> None:
         """Take the observation statistics of the dataset."""
         if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.obs)
+            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """pi(z-scored s)."""

@@ -38,6 +38,8 @@ class Ring:
         self.added = 0
         """Transitions ever added: tells which segments changed since a checkpoint."""
         self._rows: Batch | None = None
+        self._last_index: tuple[int, int] | None = None
+        """Device and inode of the index file this very ring wrote or read last."""
 
     def __len__(self) -> int:
         return self.size
@@ -76,7 +78,12 @@ class Ring:
 
     # ---------------------------------------------------------------------------------------------- checkpoint
     def save(self, folder: Path, previous: Path | None = None) -> None:
-        """Write everything into `folder`; link unchanged segments from `previous`, an earlier checkpoint's folder."""
+        """Write everything into `folder`; link unchanged segments from `previous`, an earlier checkpoint's folder.
+
+        A folder that another ring wrote is not linked from, whatever its files are called.
+        """
+        if previous is not None and _identity(previous / "index.safetensors") != self._last_index:
+            previous = None
         before = load_file(previous / "index.safetensors") if previous is not None else None
         index = {
             "capacity": torch.tensor(self.capacity),
@@ -86,6 +93,7 @@ class Ring:
             "rng": self.rng.get_state(),
         }
         save_file(index, folder / "index.safetensors")
+        self._last_index = _identity(folder / "index.safetensors")
         dirty = self._dirty_since(None if before is None else int(before["added"]))
         for k, lo in enumerate(range(0, self.size, SEGMENT)):
             name = f"segment-{k:05d}.safetensors"
@@ -106,6 +114,7 @@ class Ring:
             )
         self.size, self.cursor, self.added = (int(index[k]) for k in ("size", "cursor", "added"))
         self.rng.set_state(index["rng"])
+        self._last_index = _identity(folder / "index.safetensors")
         for k, lo in enumerate(range(0, self.size, SEGMENT)):
             part = Batch.from_tensors(load_file(folder / f"segment-{k:05d}.safetensors", device=str(self.device)))
             for dst, src in self._matched(part):
@@ -180,9 +189,12 @@ class Mix:
         if k == n:
             return self.fixed.sample(n)
         a, b = self.fixed.sample(k), self.ring.sample(n - k)
-        shared = a.extra.keys() & b.extra.keys()
+        if a.extra.keys() != b.extra.keys():
+            raise ValueError(
+                f"the two sources carry different extras, {sorted(a.extra)} and {sorted(b.extra)}: give both the same"
+            )
         core = [torch.cat([x, y]) for x, y in zip(a[:6], b[:6], strict=True)]
-        return Batch._make([*core, {name: torch.cat([a.extra[name], b.extra[name]]) for name in shared}])
+        return Batch._make([*core, {name: torch.cat([a.extra[name], b.extra[name]]) for name in a.extra}])
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Checkpoint both sources (a dataset writes only its generator and fingerprint)."""
@@ -220,6 +232,15 @@ def refuse_if_too_large(spec: Spec, capacity: int) -> int:
             f"{free / 2**30:.1f} GiB free: lower it with --set buffer_size={fits} or less"
         )
     return need
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What stays the same when a checkpoint is renamed, and differs between any two files."""
+    try:
+        info = file.stat()
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _link(old: Path, new: Path) -> None:

@@ -48,6 +48,12 @@ class QEnsemble(nn.Module):
         )
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values [E, ...] of `obs` [..., O] and `action` [..., A] (any equal leading dimensions)."""
+        """Values [E, ...] of `obs` [..., O] and `action` [..., A].
+
+        Leading dimensions are equal, or `action` has more, as [B, O] and [B, K, A] for K candidates: then [E, B, K].
+        """
+        for _ in range(action.dim() - obs.dim()):
+            obs = obs.unsqueeze(-2)
+        obs = obs.expand(*action.shape[:-1], obs.shape[-1])
         x = torch.cat([obs, action], -1)
         return torch.stack([q(x).squeeze(-1) for q in self.members])

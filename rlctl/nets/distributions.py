@@ -46,9 +46,21 @@ class Normal:
         log_norm = self.log_std.sum(-1) + HALF_LOG_2PI * self.mean.shape[-1]
         return -0.5 * z.square().sum(-1) - log_norm
 
+    def sample_log_prob(
+        self, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A reparameterised draw [..., A] and its log-density [...]."""
+        action = self.sample(noise, generator)
+        return action, self.log_prob(action)
+
     def entropy(self) -> Tensor:
-        """Differential entropy, shape of `log_std` without its last dimension."""
-        return self.log_std.sum(-1) + (HALF_LOG_2PI + 0.5) * self.mean.shape[-1]
+        """Differential entropy [...]."""
+        per_dim = self.log_std.expand_as(self.mean)
+        return per_dim.sum(-1) + (HALF_LOG_2PI + 0.5) * self.mean.shape[-1]
+
+    def detach(self) -> Normal:
+        """A copy that no gradient reaches and no later update of the policy's parameters changes."""
+        return Normal(self.mean.detach().clone(), self.log_std.detach().clone())
 
     def kl(self, other: Normal) -> Tensor:
         """KL(self || other), [...], in closed form."""
@@ -97,6 +109,10 @@ class TanhNormal:
         z = (u - self.mean) * (-self.log_std).exp()
         per_dim = -0.5 * z.square() - self.log_std + 2 * (u + softplus(-2 * u))
         return per_dim.sum(-1) - (HALF_LOG_2PI + 2 * LOG_2) * self.mean.shape[-1]
+
+    def detach(self) -> TanhNormal:
+        """A copy that no gradient reaches and no later update of the policy's parameters changes."""
+        return TanhNormal(self.mean.detach().clone(), self.log_std.detach().clone())
 
     def kl(self, other: TanhNormal) -> Tensor:
         """KL(self || other), [...]: tanh is one-to-one, so it is the KL of the two Gaussians."""

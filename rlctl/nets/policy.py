@@ -16,7 +16,8 @@ class Policy(nn.Module):
     """Base of all policies. `can` names its capabilities:
 
     sample: stochastic draws; reparam: draws differentiable in the parameters; log_prob: exact density of a given
-    action; entropy, kl: in closed form; mode: a deterministic action; chain_log_prob, matching_loss, decode: of
+    action; entropy, kl: in closed form; mode: a deterministic action; deterministic: the module
+    returns actions, not a distribution; chain_log_prob, matching_loss, decode: of
     generative policies.
     """
 
@@ -73,9 +74,9 @@ class TanhGaussianPolicy(Policy):
 
 
 class DeterministicPolicy(Policy):
-    """a = tanh(MLP(s))."""
+    """a = tanh(MLP(s)): the module returns the action itself, not a distribution."""
 
-    can = frozenset({"mode"})
+    can = frozenset({"deterministic"})
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], activation: Activation = "relu") -> None:
         super().__init__()

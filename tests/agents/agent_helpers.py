@@ -82,8 +82,13 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> Agent:
     spec = Spec(OBS_DIM, ACT_DIM, getattr(cfg, "num_envs", 1), seed=seed)
     agent = agents.make(name, spec, cfg)
     if agent.regime == "offline":
-        agent.prepare(transitions(torch.Generator().manual_seed(123), 200))
+        agent.prepare(as_dataset(transitions(torch.Generator().manual_seed(123), 200)))
     return agent
+
+
+def as_dataset(rows: Batch) -> Dataset:
+    """Transitions as a dataset of one episode."""
+    return Dataset(rows, torch.tensor([len(rows.reward)]), id="made-up")
 
 
 def transitions(g: torch.Generator, *lead: int, obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM) -> Batch:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agent_helpers import OBS_DIM, Table, batch_for, differing, recorded_inputs, snapshot, tiny, transitions
+from agent_helpers import OBS_DIM, Table, as_dataset, batch_for, differing, recorded_inputs, snapshot, tiny, transitions
 from torch import Tensor, nn
 
 from rlctl import agents
@@ -134,7 +134,7 @@ def fitted(normalize_obs: bool = True) -> tuple[TD3BC, Batch]:
     assert isinstance(agent, TD3BC)
     data = transitions(torch.Generator().manual_seed(5), 500)
     data = data._replace(obs=data.obs * torch.tensor([3.0, 0.1, 1.0]) + torch.tensor([10.0, 0.0, -4.0]))
-    agent.prepare(data)
+    agent.prepare(as_dataset(data))
     return agent, data
 
 

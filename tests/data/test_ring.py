@@ -82,7 +82,7 @@ def test_sampling_covers_what_is_held_and_nothing_else() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 def test_mix_takes_its_share(share: float) -> None:
     fixed, ring = Ring(8, seed=1), Ring(8, seed=2)
-    fixed.add(batch(*range(100, 108), logp=0.5, only_here=0.0))
+    fixed.add(batch(*range(100, 108), logp=0.5))
     mix = Mix(fixed, ring, share)
     mix.add(batch(*range(8), logp=0.5))
     assert len(mix) == 8

@@ -64,7 +64,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
     ("optim.safetensors", cut),
     ("rng.safetensors", Path.unlink),
     ("off_policy.buffer/segment-00000.safetensors", flip),
-    ("env/state.safetensors", empty),
+    ("off_policy.env/state.safetensors", empty),
     ("manifest.json", cut),
     ("manifest.json", flip_digit),
     ("manifest.json", Path.unlink),

@@ -42,7 +42,7 @@ def test_files(folder: Path) -> None:
         "optim.safetensors",
         "rng.safetensors",
         "run.safetensors",
-        "env",
+        "on_policy.env",
     }
     manifest = json.loads((newest / "manifest.json").read_text())
     assert {"format", "agent", "counters", "state", "files"} <= manifest.keys()
