@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from rlctl import agents, checkpoint
 from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
 from rlctl.data.reference import normalized_score
 from rlctl.display import Display
-from rlctl.errors import Diverged, Interrupted, RlctlError, UsageError
+from rlctl.errors import Interrupted, UsageError
 from rlctl.evaluate import Evaluation
 from rlctl.provenance import provenance
 from rlctl.run import Run, RunConfig, non_finite
@@ -83,15 +82,14 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     if not algo:
         raise UsageError("no algorithm given: name one with --algo, `rlctl algos` lists them")
     cls = agents.get(algo)
-    offline = cls.regime == "offline"
     env = rlctl_envs.canonical(top["env"]) if top.get("env") else None
-    if offline and not top.get("data"):
+    if "data" in cls.sources() and not top.get("data"):
         raise UsageError(
             f"{algo} learns from a dataset: give one with --data (a Minari id, or the path of an .hdf5 file)"
         )
-    if not offline and not env:
+    if "env" in cls.sources() and not env:
         raise UsageError(f"{algo} learns in an environment: give one with --env, `rlctl envs` lists them")
-    if not offline and top.get("data"):
+    if top.get("data") and "data" not in cls.sources() | cls.accepts:
         raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
     values = merge(packaged(algo, env), top)
     return Settings(
@@ -210,7 +208,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
     env: VecEnv | None = None
     data: Dataset | None = None
     run: Run | None = None
-    refused = False
+    started = refused = False
     try:
         device, why = pick_device(settings.device)
         env, data, env_id, spec = _sources(settings, device)
@@ -227,7 +225,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             seed=settings.seed,
             make_eval_env=eval_env if env_id is not None else None,
             display=display,
-            score=lambda ret: normalized_score(env_id, ret) if env_id else None,
+            score=lambda ret: normalized_score(env_id, ret) if env_id and settings.data else None,
             resume=resume,
         )
         checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
@@ -242,6 +240,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
         job = Job(agent, env, data, run, cfg, settings.seed)
         schedule = settings.cls.schedule or SCHEDULES[settings.cls.regime]
         with run.stop_on_signals():
+            started = True
             try:
                 schedule(job)
                 result = run.finish(agent)
@@ -258,7 +257,8 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
         raise
     except BaseException as e:
         # a request that was refused before the first step leaves nothing behind
-        refused = isinstance(e, (ValueError, MemoryError)) and not resume and (run is None or run.progress == 0)
+        ours = (UsageError, MemoryError) if started else (ValueError, MemoryError)
+        refused = isinstance(e, ours) and not resume and (run is None or run.progress == 0)
         if run is not None:
             _record(folder, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
@@ -274,37 +274,38 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
 
 def _sources(s: Settings, device: torch.device) -> tuple[VecEnv | None, Dataset | None, str | None, Spec]:
     """The environment to train in, the dataset, the id of the environment to evaluate in, and the agent's spec."""
-    if s.cls.regime != "offline":
-        assert s.env is not None
-        env = rlctl_envs.make(
-            s.env, s.agent.num_envs, seed=derive(s.seed, "env"), device=device, threads=s.run.threads, **s.env_options
-        )
-        return env, None, s.env, Spec(env.obs_dim, env.act_dim, env.num_envs, device, env.episode_len, s.seed)
-    from rlctl.data.dataset import load_dataset
+    env: VecEnv | None = None
+    data: Dataset | None = None
+    if s.data is not None:
+        from rlctl.data.dataset import load_dataset
 
-    assert s.data is not None
-    data = load_dataset(s.data, device=device, seed=s.seed)
-    env_id = s.env or data.env_id
-    obs_dim, act_dim = data.spec_dims
-    spec = Spec(obs_dim, act_dim, 1, device, 1000, s.seed)
+        data = load_dataset(s.data, device=device, seed=s.seed)
+    env_id = s.env or (data.env_id if data is not None else None)
+    trains = "env" in s.cls.sources()
     if env_id is not None:
-        probe = rlctl_envs.make(env_id, 1, **s.env_options)
-        got = (probe.obs_dim, probe.act_dim)
-        spec = spec._replace(episode_len=probe.episode_len)
-        probe.close()
-        if got != (obs_dim, act_dim):
-            raise UsageError(
-                f"{s.data} has observations of {obs_dim} and actions of {act_dim} dimensions, "
-                f"{env_id} has {got[0]} and {got[1]}: they are not the same task"
-            )
-    return None, data, env_id, spec
+        seed = derive(s.seed, "env", 31)
+        num_envs = s.agent.num_envs if trains else 1
+        env = rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=s.run.threads, **s.env_options)
+        spec = Spec(env.obs_dim, env.act_dim, num_envs, device, env.episode_len, s.seed)
+    else:
+        assert data is not None
+        spec = Spec(*data.spec_dims, 1, device, 1000, s.seed)
+    if data is not None and data.spec_dims != (spec.obs_dim, spec.act_dim):
+        raise UsageError(
+            f"{s.data} has observations of {data.spec_dims[0]} and actions of {data.spec_dims[1]} dimensions, "
+            f"{env_id} has {spec.obs_dim} and {spec.act_dim}: they are not the same task"
+        )
+    if env is not None and not trains:
+        env.close()
+        env = None
+    return env, data, env_id, spec
 
 
 def _announce(
     display: Display, s: Settings, folder: Path, device: torch.device, why: str, env_id: str | None, agent: Agent
 ) -> None:
     parameters = sum(p.numel() for p in agent.parameters())
-    source = s.env if s.cls.regime != "offline" else s.data
+    source = " and ".join(x for x in (s.env, s.data) if x)
     display.say(f"{s.algo} on {source}, seed {s.seed}: {s.agent.steps:,} steps, {parameters:,} parameters, in {folder}")
     display.say(f"device {device}: {why}; {torch.get_num_threads()} CPU threads")
     if s.cls.regime == "off_policy":
@@ -391,18 +392,3 @@ def _seed(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UsageError(f"a seed is a non-negative integer, got {value!r}")
     return value
-
-
-__all__ = [
-    "Diverged",
-    "Interrupted",
-    "RlctlError",
-    "Settings",
-    "load_agent",
-    "resolve",
-    "resume",
-    "train",
-]
-
-if __name__ == "__main__":
-    sys.exit("use `rlctl train`")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlctl.train import Job
 
 Regime = Literal["on_policy", "off_policy", "offline"]
+Source = Literal["env", "data"]
 Metrics = dict[str, Tensor]
 """Name to 0-dim tensor, on the agent's device. Names are TensorBoard tags, e.g. `losses/critic`."""
 
@@ -103,6 +104,10 @@ class Agent(nn.Module):
     """
 
     regime: ClassVar[Regime]
+    needs: ClassVar[frozenset[Source] | None] = None
+    """What training takes: {"env"}, {"data"} or both; None follows `regime`."""
+    accepts: ClassVar[frozenset[Source]] = frozenset()
+    """What training takes besides, if given."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""
@@ -118,6 +123,12 @@ class Agent(nn.Module):
         self.counters: dict[str, int] = {"updates": 0, "env_steps": 0}
         """Python counters that steer an update (delays, schedules); part of a checkpoint. The loops keep `env_steps`,
         the agent's `update` keeps `updates`."""
+
+    @classmethod
+    def sources(cls) -> frozenset[Source]:
+        """What training needs: `needs`, or what goes with `regime`."""
+        default: Source = "data" if cls.regime == "offline" else "env"
+        return frozenset({default}) if cls.needs is None else cls.needs
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions for `obs` [N, O]: (action [N, A] in the units of [-1, 1], extra to store beside the transition).

@@ -10,13 +10,14 @@ for the whole rollout at the start of the update, which equals recording them wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
 from rlctl.nets.mlp import Activation
-from rlctl.ops import adam, gae, minimize
+from rlctl.ops import adam, gae, mean_of, minibatches, minimize
 from rlctl.train import OnPolicyConfig
 from rlctl.types import Agent, Batch, Metrics, Spec
 
@@ -59,6 +60,18 @@ class PPOConfig(OnPolicyConfig):
     """Divide rewards by the running spread of the discounted return (clipped to +-10)."""
 
 
+class Rows(NamedTuple):
+    """A rollout as the losses see it, `[B, ...]`."""
+
+    obs: Tensor
+    """Normalised."""
+    action: Tensor
+    logp_old: Tensor
+    adv: Tensor
+    ret: Tensor
+    """Value target."""
+
+
 class PPO(Agent):
     """PPO with separate policy and value networks."""
 
@@ -98,6 +111,14 @@ class PPO(Agent):
         adv = gae(reward, v, next_v, batch.terminated, batch.truncated, self.cfg.gamma, self.cfg.lam)
         return adv, adv + v
 
+    @torch.no_grad()
+    def prepare_rollout(self, batch: Batch) -> Rows:
+        """What the losses need of a rollout `[T, N]`, flattened to `[T * N]`, all of it from before the update."""
+        obs = self.normalize(batch.obs)
+        adv, ret = self.advantages(batch, obs)
+        logp_old = self.pi(obs).log_prob(batch.action)
+        return Rows(*[x.flatten(0, 1) for x in (obs, batch.action, logp_old, adv, ret)])
+
     def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
         """-E[min(r A, clip(r) A)] over a minibatch `[B]`."""
         clipped = ratio.clamp(1 - self.cfg.clip, 1 + self.cfg.clip)
@@ -107,54 +128,46 @@ class PPO(Agent):
         """E[(V - R)^2] over a minibatch `[B]`."""
         return (v - ret).square().mean()
 
+    def loss(self, m: Rows) -> tuple[Tensor, Metrics]:
+        """policy_loss + vf_coef value_loss - ent_coef entropy of a minibatch, and what to log of it."""
+        c = self.cfg
+        adv = m.adv
+        if c.normalize_advantage:
+            std, mean = torch.std_mean(adv)
+            adv = (adv - mean) / (std + 1e-8)
+        pi = self.pi(m.obs)
+        log_ratio = pi.log_prob(m.action) - m.logp_old
+        ratio = log_ratio.exp()
+        policy_loss, value_loss = self.policy_loss(ratio, adv), self.value_loss(self.v(m.obs), m.ret)
+        entropy = pi.entropy().mean()
+        with torch.no_grad():
+            kl, clipped = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > c.clip).float().mean()
+        return policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy, {
+            "losses/policy": policy_loss.detach(),
+            "losses/value": value_loss.detach(),
+            "policy/entropy": entropy.detach(),
+            "policy/approx_kl": kl,
+            "policy/clip_fraction": clipped,
+        }
+
     def update(self, batch: Batch) -> Metrics:
         """`epochs` passes of shuffled minibatches over one rollout `[T, N]`, then the normalisers move."""
         c = self.cfg
         if c.anneal_lr:
             self.opt.param_groups[0]["lr"] = c.lr * max(1.0 - self.counters["updates"] / self.total_updates, 0.0)
         self.counters["updates"] += 1
-
-        obs = self.normalize(batch.obs)
-        adv, ret = self.advantages(batch, obs)
-        with torch.no_grad():
-            logp_old = self.pi(obs).log_prob(batch.action)
-        rollout = [x.flatten(0, 1) for x in (obs, batch.action, logp_old, adv, ret)]
-
-        kls, clips, policy_losses, value_losses = [], [], [], []
+        rows = self.prepare_rollout(batch)
+        log: list[Metrics] = []
         for _ in range(c.epochs):
-            order = torch.randperm(adv.numel(), generator=self.rng["sample"], device=adv.device)
-            for obs_m, action, logp_m, adv_m, ret_m in zip(
-                *[x[order].split(c.minibatch_size) for x in rollout], strict=True
-            ):
-                if c.normalize_advantage:
-                    std, mean = torch.std_mean(adv_m)
-                    adv_m = (adv_m - mean) / (std + 1e-8)
-                pi = self.pi(obs_m)
-                log_ratio = pi.log_prob(action) - logp_m
-                ratio = log_ratio.exp()
-                policy_loss = self.policy_loss(ratio, adv_m)
-                value_loss = self.value_loss(self.v(obs_m), ret_m)
-                loss = policy_loss + c.vf_coef * value_loss
-                if c.ent_coef:
-                    loss = loss - c.ent_coef * pi.entropy().mean()
+            for minibatch in minibatches(rows, c.minibatch_size, self.rng["sample"]):
+                loss, metrics = self.loss(minibatch)
                 minimize(loss, self.opt, c.max_grad_norm)
-                policy_losses.append(policy_loss.detach())
-                value_losses.append(value_loss.detach())
-            # of the last minibatch of each epoch: cheap, and the trend is what one reads them for
-            with torch.no_grad():
-                kls.append((ratio - 1 - log_ratio).mean())
-                clips.append(((ratio - 1).abs() > c.clip).float().mean())
-
+                log.append(metrics)
         if c.normalize_obs:
             self.obs_norm.update(batch.obs)
         if c.normalize_reward:
             self.reward_scale.update(batch.reward, batch.terminated | batch.truncated)
-        return {
-            "losses/policy": torch.stack(policy_losses).mean(),
-            "losses/value": torch.stack(value_losses).mean(),
-            "policy/entropy": pi.entropy().detach().mean(),
-            "policy/approx_kl": torch.stack(kls).mean(),
-            "policy/clip_fraction": torch.stack(clips).mean(),
+        return mean_of(log) | {
             "policy/std": self.pi.log_std.detach().exp().mean(),
-            "value/explained_variance": 1 - adv.var() / (ret.var() + 1e-8),
+            "value/explained_variance": 1 - rows.adv.var() / (rows.ret.var() + 1e-8),
         }

@@ -34,7 +34,7 @@ def evaluate(
     result = run_episodes(agent, env, episodes, seed=seed, stochastic=stochastic)
     env.close()
     assert result is not None
-    score = normalized_score(env_id, result.mean)
+    score = normalized_score(env_id, result.mean) if settings.data else None
     if json_:
         print_json(
             {
