@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.ring import Ring, refuse_if_too_large
 from rlctl.data.rollout import Rollout
-from rlctl.types import Agent, AgentConfig, Batch, Buffer, Metrics, Regime
+from rlctl.types import Agent, AgentConfig, Batch, Buffer, Count, Metrics, Positive, Regime
 
 if TYPE_CHECKING:
     from rlctl.run import Run
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class OnPolicyConfig(AgentConfig):
     """What `on_policy` needs to know."""
 
-    num_envs: int = 8
+    num_envs: Count = 8
     """Worlds stepped side by side."""
-    horizon: int = 256
+    horizon: Count = 256
     """Steps of each world per rollout; one update learns from num_envs * horizon transitions."""
 
 
@@ -37,15 +38,15 @@ class OnPolicyConfig(AgentConfig):
 class OffPolicyConfig(AgentConfig):
     """What `off_policy` needs to know."""
 
-    num_envs: int = 1
+    num_envs: Count = 1
     """Worlds stepped side by side."""
-    buffer_size: int = 1_000_000
+    buffer_size: Count = 1_000_000
     """Transitions the replay buffer keeps."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Transitions per update."""
-    learning_starts: int = 10_000
+    learning_starts: Annotated[int, Field(ge=0)] = 10_000
     """Environment steps of uniform random actions before learning starts."""
-    updates_per_step: float = 1.0
+    updates_per_step: Positive = 1.0
     """Updates per environment step (the update-to-data ratio)."""
 
 
@@ -53,7 +54,7 @@ class OffPolicyConfig(AgentConfig):
 class OfflineConfig(AgentConfig):
     """What `offline` needs to know; `steps` counts gradient steps."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Transitions per update."""
 
 

@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rlctl.seeding import generator
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 Regime = Literal["on_policy", "off_policy", "offline"]
 Source = Literal["env", "data"]
+
+# Types of config fields; the bounds are checked when settings are read (`rlctl.config.build`).
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Widths = Annotated[tuple[Count, ...], Field(max_length=16)]
+
 Metrics = dict[str, Tensor]
 """Name to 0-dim tensor, on the agent's device. Names are TensorBoard tags, e.g. `losses/critic`."""
 
@@ -91,7 +100,7 @@ class Buffer(Protocol):
 class AgentConfig:
     """What every agent's config has: the length of the run. The one home of defaults is the agent's own subclass."""
 
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """Length of the run: environment steps, or gradient steps of an offline learner."""
 
 

@@ -19,38 +19,38 @@ from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
 from rlctl.nets.mlp import Activation
 from rlctl.ops import adam, gae, mean_of, minibatches, minimize
 from rlctl.train import OnPolicyConfig
-from rlctl.types import Agent, Batch, Metrics, Spec
+from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
 class PPOConfig(OnPolicyConfig):
     """Defaults: the field's MuJoCo set (8 worlds x 256 steps, 10 epochs of minibatches of 64)."""
 
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: Widths = (64, 64)
     """Widths of the hidden layers of policy and value network (nothing is shared)."""
     activation: Activation = "tanh"
     """Activation of both networks: relu, tanh, elu, silu or gelu."""
     log_std: float = 0.0
     """Initial log standard deviation of the actions, one free parameter per dimension."""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """Discount per environment step."""
-    lam: float = 0.95
+    lam: Fraction = 0.95
     """lambda of the generalised advantage estimates."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """epsilon: the ratio counts only within [1 - clip, 1 + clip]."""
-    epochs: int = 10
+    epochs: Count = 10
     """Passes over each rollout."""
-    minibatch_size: int = 64
+    minibatch_size: Count = 64
     """Transitions per gradient step; must divide num_envs * horizon."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Adam's learning rate at the start."""
     anneal_lr: bool = True
     """Lower the learning rate linearly to 0 over the run."""
-    ent_coef: float = 0.0
+    ent_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
-    vf_coef: float = 0.5
+    vf_coef: NonNegative = 0.5
     """Weight of the squared value error."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Positive = 0.5
     """The gradient of one step is rescaled to at most this L2 norm."""
     normalize_advantage: bool = True
     """Standardise the advantages of each minibatch."""

@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from rlctl.nets import QEnsemble, TanhGaussianPolicy
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Metrics, Spec
+from rlctl.types import Agent, Batch, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
 class SACConfig(OffPolicyConfig):
     """Defaults: those of the field (two critics of 256-256, one update per step, learned temperature)."""
 
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """Discount per environment step."""
-    tau: float = 0.005
+    tau: Fraction = 0.005
     """q_lagged <- q_lagged + tau (q - q_lagged) after each update."""
-    actor_lr: float = 3e-4
+    actor_lr: Positive = 3e-4
     """Adam's learning rate of the policy."""
-    critic_lr: float = 3e-4
+    critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics."""
-    alpha_lr: float = 3e-4
+    alpha_lr: Positive = 3e-4
     """Adam's learning rate of log alpha."""
     alpha: float = 1.0
     """Temperature: the initial one, or the fixed one when learn_alpha is off."""

@@ -8,40 +8,41 @@ and 100.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Metrics, Regime, Spec
+from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Regime, Spec, Widths
 
 
 @dataclass(frozen=True)
 class TD3Config(OffPolicyConfig):
     """Defaults: those of the authors' current code."""
 
-    learning_starts: int = 25_000
+    learning_starts: Annotated[int, Field(ge=0)] = 25_000
     """Environment steps of uniform random actions before learning starts."""
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """Discount per environment step."""
-    tau: float = 0.005
+    tau: Fraction = 0.005
     """Lagged networks move by tau towards the online ones at each actor step."""
-    actor_lr: float = 3e-4
+    actor_lr: Positive = 3e-4
     """Adam's learning rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics."""
-    exploration_noise: float = 0.1
+    exploration_noise: NonNegative = 0.1
     """Std of the Gaussian added to the action while collecting, in units of [-1, 1]."""
-    policy_noise: float = 0.2
+    policy_noise: NonNegative = 0.2
     """Std of the Gaussian that smooths the action in the backup."""
-    noise_clip: float = 0.5
+    noise_clip: Positive = 0.5
     """Bound of that smoothing noise."""
-    policy_every: int = 2
+    policy_every: Count = 2
     """Critic updates per actor update."""
 
 

@@ -14,30 +14,30 @@ from torch import Tensor
 from rlctl.agents.td3 import TD3
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.train import Dataset, OfflineConfig
-from rlctl.types import Batch, Metrics, Spec
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
 class TD3BCConfig(OfflineConfig):
     """Defaults: the one set the paper uses for every dataset."""
 
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """Discount per environment step."""
-    tau: float = 0.005
+    tau: Fraction = 0.005
     """Lagged networks move by tau towards the online ones at each actor step."""
-    actor_lr: float = 3e-4
+    actor_lr: Positive = 3e-4
     """Adam's learning rate of the actor."""
-    critic_lr: float = 3e-4
+    critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics."""
-    policy_noise: float = 0.2
+    policy_noise: NonNegative = 0.2
     """Std of the Gaussian that smooths the action in the backup."""
-    noise_clip: float = 0.5
+    noise_clip: Positive = 0.5
     """Bound of that smoothing noise."""
-    policy_every: int = 2
+    policy_every: Count = 2
     """Critic updates per actor update."""
-    exploration_noise: float = 0.1
+    exploration_noise: NonNegative = 0.1
     """Std of the Gaussian added to the action in a stochastic evaluation."""
     alpha: float = 2.5
     """Weight of the value term against cloning, after normalising Q by its mean magnitude; 0 is pure cloning."""
