@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rlctl.ops.linalg import linear
+from rlctl.ops.matmul import linear
 
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with a ReLU behind it if asked, through the faster kernels of this machine (`rlctl.ops.linalg`)."""
+    """`nn.Linear`, with a ReLU behind it if asked, through the faster kernels of this machine (`rlctl.ops.matmul`)."""
 
     def __init__(self, in_features: int, out_features: int, *, relu: bool = False) -> None:
         super().__init__(in_features, out_features)
@@ -50,18 +50,17 @@ def mlp(
     1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g` in the last, and
     biases are zero.
     """
-    layers: list[nn.Module] = []
+    net = nn.Sequential()
     width = in_dim
-    for h in hidden:
+    for k, h in enumerate(hidden):  # names, so that a state dict does not depend on what is fused
         fused = activation == "relu" and not layer_norm
-        layers.append(Linear(width, h, relu=fused))
+        net.add_module(f"hidden{k}", Linear(width, h, relu=fused))
         if layer_norm:
-            layers.append(nn.LayerNorm(h))
+            net.add_module(f"norm{k}", nn.LayerNorm(h))
         if not fused:
-            layers.append(ACTIVATIONS[activation]())
+            net.add_module(f"act{k}", ACTIVATIONS[activation]())
         width = h
-    layers.append(Linear(width, out_dim))
-    net = nn.Sequential(*layers)
+    net.add_module("out", Linear(width, out_dim))
     if orthogonal is not None:
         linears = [m for m in net if isinstance(m, nn.Linear)]
         for i, linear in enumerate(linears):

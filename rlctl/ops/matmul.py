@@ -3,9 +3,10 @@
 PyTorch sends float32 products to MKL, which on AMD processors runs at about half the speed of oneDNN (256 x 256 x 256
 on a Zen 5 core: 0.32 ms against 0.15 ms). oneDNN costs about 10 us more per call, so small products stay where they
 are. The choice depends on the processor's vendor, dtype and shapes alone, never on a timing: a run stays reproducible.
-`benchmarks/speed/linalg.py` measures both.
+`benchmarks/speed/matmul.py` measures both.
 
-`linear` is a drop-in for `torch.nn.functional.linear`, differentiable to any order.
+`linear` is a drop-in for `torch.nn.functional.linear`, differentiable to any order in reverse mode. Forward mode
+(`torch.func.jvp`) has no rule here: set `ENABLED = False` around it.
 """
 
 from __future__ import annotations

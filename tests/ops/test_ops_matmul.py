@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from rlctl.ops import linalg
+from rlctl.ops import matmul as products
 
 HAVE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ON = pytest.param(True, marks=pytest.mark.skipif(not HAVE, reason="this torch has no mkldnn._linear_pointwise"))
@@ -19,7 +19,7 @@ SMALL, LARGE = (5, 7, 3), (128, 128, 96)  # rows, in, out; 128 * 128 * 96 > SMAL
 @pytest.fixture(params=[False, ON], ids=["torch", "onednn"])
 def enabled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     on = bool(request.param)
-    monkeypatch.setattr(linalg, "ENABLED", on)
+    monkeypatch.setattr(products, "ENABLED", on)
     return on
 
 
@@ -49,7 +49,7 @@ def took_fast_path(out: Tensor) -> bool:
 
 def test_the_sizes_are_on_both_sides_of_the_threshold() -> None:
     small, large = (torch.tensor(s).prod().item() for s in (SMALL, LARGE))
-    assert small < linalg.SMALLEST <= large
+    assert small < products.SMALLEST <= large
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -72,7 +72,7 @@ def test_linear(enabled: bool, shape: tuple[int, int, int], bias: bool, relu: bo
         second = torch.autograd.grad(mixed, leaves)
         return [out, *first, *second]
 
-    ours = derivatives(linalg.linear, *draw(shape))
+    ours = derivatives(products.linear, *draw(shape))
     exact = derivatives(plain, *(t.double().detach().requires_grad_() for t in draw(shape)))
     assert took_fast_path(ours[0]) == (enabled and shape == LARGE)
     for a, b in zip(ours, exact, strict=True):
@@ -91,7 +91,7 @@ def test_matmul(enabled: bool, shape: tuple[int, int, int]) -> None:
 
     x, w, _ = draw(shape)
     a, b = x, w.detach().t().contiguous().requires_grad_()
-    ours = derivatives(linalg.matmul, a, b)
+    ours = derivatives(products.matmul, a, b)
     exact = derivatives(torch.matmul, *(t.double().detach().requires_grad_() for t in (a, b)))
     assert took_fast_path(ours[0]) == (enabled and shape == LARGE)
     for p, q in zip(ours, exact, strict=True):
@@ -106,7 +106,7 @@ def test_under_functional_transforms(enabled: bool, shape: tuple[int, int, int],
 
     x, w, b = (t.detach() for t in draw(shape))
     exact = torch.func.grad(loss(plain), argnums=(0, 1, 2))(w.double(), x.double(), b.double())
-    ours = torch.func.grad(loss(linalg.linear), argnums=(0, 1, 2))(w, x, b)
+    ours = torch.func.grad(loss(products.linear), argnums=(0, 1, 2))(w, x, b)
     for p, q in zip(ours, exact, strict=True):
         agree(p, q)
 
@@ -114,7 +114,7 @@ def test_under_functional_transforms(enabled: bool, shape: tuple[int, int, int],
         return lambda w, x, b: torch.func.grad(loss(fn))(w, x, b).square().sum()
 
     agree(
-        torch.func.grad(nested(linalg.linear))(w, x, b),
+        torch.func.grad(nested(products.linear))(w, x, b),
         torch.func.grad(nested(plain))(w.double(), x.double(), b.double()),
     )
 
@@ -129,7 +129,7 @@ def test_under_vmap(enabled: bool, relu: bool) -> None:
     def grad_of(fn):  # type: ignore[no-untyped-def]
         return torch.func.vmap(torch.func.grad(lambda w, x, b: fn(x, w, b, relu=relu).tanh().sum()), (0, None, None))
 
-    agree(grad_of(linalg.linear)(ws, x, b), grad_of(plain)(ws.double(), x.double(), b.double()))
+    agree(grad_of(products.linear)(ws, x, b), grad_of(plain)(ws.double(), x.double(), b.double()))
 
 
 def test_leading_dimensions_and_awkward_strides(enabled: bool) -> None:
@@ -137,7 +137,7 @@ def test_leading_dimensions_and_awkward_strides(enabled: bool) -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(128, 2, 80, generator=g).permute(1, 2, 0).requires_grad_()
     w = torch.randn(128, 96, generator=g).t().requires_grad_()
-    out = linalg.linear(x, w)
+    out = products.linear(x, w)
     assert out.shape == (2, 80, 96)
     assert took_fast_path(out) == enabled
     exact_x, exact_w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
@@ -158,7 +158,7 @@ def test_only_the_wanted_gradients(enabled: bool, wanted: tuple[int, ...]) -> No
     for group in (ours, exact):
         for i in wanted:
             group[i].requires_grad_()
-    a = torch.autograd.grad(linalg.linear(*ours).square().sum(), [ours[i] for i in wanted])
+    a = torch.autograd.grad(products.linear(*ours).square().sum(), [ours[i] for i in wanted])
     b = torch.autograd.grad(functional.linear(*exact).square().sum(), [exact[i] for i in wanted])
     for p, q in zip(a, b, strict=True):
         agree(p, q)
@@ -169,7 +169,7 @@ def test_a_nan_is_not_swallowed(enabled: bool, relu: bool) -> None:
     """A network that has diverged must show it: torch's own ReLU passes a NaN on, and so must the fused one."""
     x, w, b = (t.detach() for t in draw(LARGE))
     x[3, 5] = torch.nan
-    out = linalg.linear(x, w, b, relu=relu)
+    out = products.linear(x, w, b, relu=relu)
     assert bool(out[3].isnan().all())
     assert not bool(out[4].isnan().any())
 
@@ -178,34 +178,34 @@ def test_relu_gradient_at_its_kink(enabled: bool) -> None:
     """Zero, as torch has it."""
     x, w = torch.zeros(128, 128, requires_grad=True), torch.ones(96, 128, requires_grad=True)
     b = torch.zeros(96, requires_grad=True)
-    for g in torch.autograd.grad(linalg.linear(x, w, b, relu=True).sum(), [x, w, b]):
+    for g in torch.autograd.grad(products.linear(x, w, b, relu=True).sum(), [x, w, b]):
         assert not bool(g.any())
 
 
 def test_float64_takes_the_plain_path(enabled: bool) -> None:
     x, w, b = draw(LARGE, dtype=torch.float64)
-    out = linalg.linear(x, w, b)
+    out = products.linear(x, w, b)
     assert not took_fast_path(out)
     assert torch.equal(out, functional.linear(x, w, b))
 
 
 def test_same_numbers_every_time(enabled: bool) -> None:
     x, w, b = draw(LARGE)
-    assert torch.equal(linalg.linear(x, w, b), linalg.linear(x, w, b))
+    assert torch.equal(products.linear(x, w, b), products.linear(x, w, b))
 
 
 @pytest.mark.skipif(not HAVE, reason="this torch has no mkldnn._linear_pointwise")
 @given(rows=st.integers(1, 9), n_in=st.integers(1, 9), n_out=st.integers(1, 9), bias=st.booleans())
 def test_the_operator_itself_on_any_shape(rows: int, n_in: int, n_out: int, bias: bool) -> None:
     """Vectors, single columns, single numbers: with the threshold at zero everything takes the fast path."""
-    before = linalg.ENABLED, linalg.SMALLEST
-    linalg.ENABLED, linalg.SMALLEST = True, 0
+    before = products.ENABLED, products.SMALLEST
+    products.ENABLED, products.SMALLEST = True, 0
     try:
         leaves = list(draw((rows, n_in, n_out), seed=rows * 100 + n_in * 10 + n_out))[: 3 if bias else 2]
-        out = linalg.linear(*leaves)
+        out = products.linear(*leaves)
         grads = torch.autograd.grad(out.tanh().sum(), leaves)
     finally:
-        linalg.ENABLED, linalg.SMALLEST = before
+        products.ENABLED, products.SMALLEST = before
     assert took_fast_path(out)
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
     exact = functional.linear(*exact_leaves)
@@ -216,7 +216,7 @@ def test_the_operator_itself_on_any_shape(rows: int, n_in: int, n_out: int, bias
 
 
 def test_it_is_only_for_amd_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linalg, "cpu_vendor", lambda: "GenuineIntel")
-    assert not linalg.onednn_is_faster()
-    monkeypatch.setattr(linalg, "cpu_vendor", lambda: "AuthenticAMD")
-    assert linalg.onednn_is_faster() == HAVE
+    monkeypatch.setattr(products, "cpu_vendor", lambda: "GenuineIntel")
+    assert not products.onednn_is_faster()
+    monkeypatch.setattr(products, "cpu_vendor", lambda: "AuthenticAMD")
+    assert products.onednn_is_faster() == HAVE
