@@ -74,7 +74,7 @@ def slow_evaluation(run_config: dict[str, object]) -> Settings:
 
 @pytest.mark.parametrize("which", ["during training", "final"])
 def test_signal_during_an_evaluation(which: str, tmp_path: Path) -> None:
-    many = {"final_episodes": 600, "eval_every": 0} if which == "final" else {"eval_episodes": 600, "eval_every": 120}
+    many = {"final_episodes": 400, "eval_every": 0} if which == "final" else {"eval_episodes": 400, "eval_every": 120}
     s = slow_evaluation(many | {"log_every": 40})
     folder = tmp_path / "run"
     process = launch("train", *flags(s), "--out", folder)
@@ -91,7 +91,7 @@ def test_signal_during_an_evaluation(which: str, tmp_path: Path) -> None:
     experiment.resume(folder, quiet=True)
     experiment.train(s, tmp_path / "whole", quiet=True)
     assert_same(tmp_path / "whole", folder)
-    assert len(rows(folder / "eval.jsonl")) == (600 if which == "final" else 1203)
+    assert len(rows(folder / "eval.jsonl")) == (400 if which == "final" else 803)
 
 
 def test_second_interrupt_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
