@@ -337,12 +337,15 @@ def _new_folder(s: Settings, out: Path | None) -> Path:
             folder = base.with_name(f"{base.name}-{n}")
     # complete or absent: a run directory always has its config
     temp = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(parents=True)
-    (temp / "config.yaml").write_text(yaml.safe_dump(s.plain(), sort_keys=False))
-    if folder.exists():
-        folder.rmdir()
-    temp.rename(folder)
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        (temp / "config.yaml").write_text(yaml.safe_dump(s.plain(), sort_keys=False))
+        if folder.exists():
+            folder.rmdir()
+        temp.rename(folder)
+    except OSError as e:
+        raise UsageError(f"cannot create the run directory {folder}: {e.strerror}; choose another --out") from e
     return folder
 
 

@@ -150,6 +150,10 @@ def test_out_that_is_taken(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_out_that_cannot_be_created(cli: Cli) -> None:
+    refused(cli.train("--algo", "ppo", "--env", "Hopper", "--out", "/dev/null/run", sets=PPO), "/dev/null/run", "--out")
+
+
 def test_out_that_is_empty_is_used(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     r = cli.train("--algo", "ppo", "--env", "probe:both", "--steps", "40", "--out", "empty", "--quiet", sets=PPO)
