@@ -245,7 +245,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 schedule(job)
                 result = run.finish(agent)
             except ValueError as e:
-                if non_finite(agent) or "is not finite" in str(e):  # the environment refused such an action
+                if non_finite(agent) or isinstance(e, rlctl_envs.NonFiniteAction):
                     raise run.diverged(agent) from e
                 raise
         _record(

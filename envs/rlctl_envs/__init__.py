@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlctl_envs.contract import VecEnv
+from rlctl_envs.contract import NonFiniteAction, VecEnv
 from rlctl_envs.registry import UnknownTask, canonical, make, register_with_gymnasium, task_table
 
 if TYPE_CHECKING:
     from rlctl_envs.vector import MujocoVecEnv
 
-__all__ = ["MujocoVecEnv", "UnknownTask", "VecEnv", "canonical", "make", "task_table"]
+__all__ = ["MujocoVecEnv", "NonFiniteAction", "UnknownTask", "VecEnv", "canonical", "make", "task_table"]
 
 register_with_gymnasium()
 

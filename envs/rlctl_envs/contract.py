@@ -22,6 +22,10 @@ _NUMPY_DTYPE: dict[torch.dtype, np.dtype[Any]] = {
 }
 
 
+class NonFiniteAction(ValueError):
+    """An action holds a NaN or an infinity: as a rule the policy has diverged."""
+
+
 class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     """N copies of one environment, torch tensors in and out: the contract every environment of this package keeps.
 
@@ -114,10 +118,10 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
                 "one row per environment."
             )
 
-    def _bad_action(self, action: NDArray[Any]) -> ValueError:
+    def _bad_action(self, action: NDArray[Any]) -> NonFiniteAction:
         """Build the error for an action [N, A] that holds something not finite."""
         row, column = (int(i) for i in np.argwhere(~np.isfinite(action))[0])
-        return ValueError(
+        return NonFiniteAction(
             f"{self.id}: action of environment {row} is not finite: component {column} is {action[row, column]}. "
             "Actions are finite numbers in [-1, 1]; check the policy for divergence."
         )

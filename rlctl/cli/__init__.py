@@ -6,11 +6,20 @@ Exit codes: 0 done, 2 usage, 3 diverged, 75 interrupted and resumable (sysexits'
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from rlctl.cli import algos, config, doctor, envs, evaluate, resume, train
 from rlctl.errors import RlctlError
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rlctl {version('rlctl')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="rlctl",
@@ -21,6 +30,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def rlctl(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train and compare continuous-control reinforcement-learning agents."""
+
+
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)

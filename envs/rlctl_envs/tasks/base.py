@@ -130,7 +130,7 @@ def build_task(cls: type[Task], kwargs: dict[str, Any]) -> Task:
     for key in kwargs:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f": did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{cls.__name__} has no setting {key!r}{hint} It takes: {', '.join(allowed) or 'none'}.")
     return cls(**kwargs)
 
