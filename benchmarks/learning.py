@@ -55,8 +55,11 @@ def record(folders: list[Path]) -> None:
             if not row["final"] and row["deterministic"]:
                 episodes[row[x]].append(row["return"])
         session = run["sessions"][-1]
+        final = dict(run["final"])
+        if not run["data"]:
+            final.pop("normalized_score", None)  # that scale belongs to D4RL-like data
         seed = {
-            "final": run["final"],
+            "final": final,
             "curve": [[step, round(statistics.fmean(rets), 1)] for step, rets in sorted(episodes.items())],
             "git": session["git"],
             "started": run["started"],
