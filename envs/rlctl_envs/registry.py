@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -173,9 +174,19 @@ def _plugins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
+def _importable(module: str) -> bool:
+    """Whether there is such a module; a dotted one imports its parents."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
 def _gymnasium_id(name: str) -> str | None:
     """Resolve a Gymnasium id, whatever its case, or None. "module:Id" imports the module, as Gymnasium does."""
-    if ":" in name or name in gymnasium.registry:
+    if ":" in name:
+        return name if _importable(name.partition(":")[0]) else None
+    if name in gymnasium.registry:
         return name
     return next((known for known in gymnasium.registry if known.lower() == name.lower()), None)
 
