@@ -38,7 +38,9 @@ def ours(algo: str) -> Any:
 
 
 def sb3(cls: Any) -> Any:
-    model = cls("MlpPolicy", gymnasium.make("HalfCheetah-v5"), batch_size=256, buffer_size=ROWS, policy_kwargs=dict(NETS))
+    env = gymnasium.make("HalfCheetah-v5")
+    # a copy of NETS: the peer writes into the dict it is given
+    model = cls("MlpPolicy", env, batch_size=256, buffer_size=ROWS, policy_kwargs=dict(NETS))
     model.set_logger(configure(None, []))
     model._setup_learn(1)
     rng = np.random.default_rng(0)
