@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## create the environment
 
-train: install   ## train PPO on Hopper for 1M steps (about two minutes on two cores)
+train: install   ## train PPO on Hopper for 1M steps
 	$(BIN)/rlctl train --algo ppo --env Hopper --seed $(SEED)
 
 test: install    ## run the tests
