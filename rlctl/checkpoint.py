@@ -83,8 +83,9 @@ def save(
     root.mkdir(parents=True, exist_ok=True)
     previous = latest(root)
     old_manifest = None if previous is None else json.loads((previous / "manifest.json").read_text())
+    for abandoned in root.glob(".tmp-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(abandoned, ignore_errors=True)
     temp = root / f".tmp-{name}"
-    shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir()
 
     moments, groups = pack_optimizers(agent)

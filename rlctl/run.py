@@ -72,30 +72,77 @@ class RunConfig:
 
 
 class EpisodeStats:
-    """Returns and lengths of the episodes that training itself finishes, accumulated on the device."""
+    """Returns and lengths of the episodes that training itself finishes, accumulated on the device.
+
+    `add` only keeps what it is given; many steps are worked through at once, when the numbers are asked for or
+    `SPAN` steps have come.
+    """
+
+    SPAN = 256
 
     def __init__(self, num_envs: int, device: torch.device) -> None:
-        self.ret = torch.zeros(num_envs, device=device)
-        self.length = torch.zeros(num_envs, device=device)
-        self.sums = torch.zeros(3, device=device)
+        self.ret = torch.zeros(num_envs, dtype=torch.float64, device=device)
+        """Return of each world's running episode up to the pending steps."""
+        self.length = torch.zeros(num_envs, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         """Since the last `take`: sum of returns, sum of lengths, number of episodes."""
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def add(self, reward: Tensor, done: Tensor) -> None:
         """Take in one vector step: reward [N], episode ends [N]."""
-        if self.ret.shape != reward.shape:
-            self.ret, self.length = torch.zeros_like(reward), torch.zeros_like(reward)
-        self.ret += reward
-        self.length += 1
-        ended = done.to(self.ret.dtype)
-        self.sums += torch.stack([self.ret @ ended, self.length @ ended, ended.sum()])
-        self.ret *= 1 - ended
-        self.length *= 1 - ended
+        self._pending.append((reward, done))  # never written over: see `VecEnv`
+        if len(self._pending) >= self.SPAN:
+            self._settle()
 
     def take(self) -> tuple[float, float, int]:
         """(mean return, mean length, count) of the episodes since the last call; reads the device once."""
+        self._settle()
         ret, length, n = self.sums.tolist()
         self.sums.zero_()
         return (ret / n, length / n, int(n)) if n else (math.nan, math.nan, 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, the pending steps as they are: when they are worked through must not depend on a checkpoint."""
+        reward, done = self._stacked()
+        return {"ret": self.ret, "length": self.length, "sums": self.sums, "reward": reward, "done": done}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Undo `state`."""
+        self.ret, self.length, self.sums = state["ret"], state["length"], state["sums"]
+        self._pending = list(zip(state["reward"], state["done"], strict=True))
+
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """The pending rewards and episode ends, `[T, N]`."""
+        if not self._pending:
+            return self.ret.new_empty((0, len(self.ret))), self.ret.new_empty((0, len(self.ret)), dtype=torch.bool)
+        reward, done = zip(*self._pending, strict=True)
+        return torch.stack(reward), torch.stack(done)
+
+    def _settle(self) -> None:
+        """Work through the pending steps. An episode's return is a difference of running sums over them."""
+        if not self._pending:
+            return
+        reward, done = self._stacked()
+        self._pending.clear()
+        if self.ret.shape != reward.shape[1:]:
+            self.ret, self.length = (torch.zeros_like(reward[0], dtype=torch.float64) for _ in range(2))
+        # row t: after t of the steps
+        total = torch.cat([torch.zeros_like(self.ret)[None], reward.double().cumsum(0)])
+        step = torch.arange(len(total), device=reward.device)[:, None]
+        ends = torch.cat([torch.zeros_like(done[:1]), done])
+        began = torch.where(ends, step, 0).cummax(0).values  # of the episode that runs after t steps; 0: before them
+        before = began == 0
+
+        def so_far(rows: slice, at: slice) -> tuple[Tensor, Tensor]:
+            """Return and length, up to `rows`, of the episodes that run at `at`."""
+            ret = total[rows] - total.gather(0, began[at]) + self.ret * before[at]
+            return ret, step[rows] - began[at] + self.length * before[at]
+
+        ret, length = so_far(slice(1, None), slice(-1))
+        self.sums += torch.stack([(ret * done).sum(), (length * done).sum(), done.sum().double()])
+        last = slice(-1, None)
+        ret, length = so_far(last, last)
+        self.ret, self.length = ret[0], length[0]
 
 
 @dataclass
@@ -208,8 +255,19 @@ class Run:
             self._open_logs()
         return self.stages.setdefault(name, Stage(name))
 
-    def begin(self, agent: Agent, stage: Stage, *, env: VecEnv | None = None, buffer: Any = None, left: int) -> Any:
+    def begin(
+        self,
+        agent: Agent,
+        stage: Stage,
+        *,
+        env: VecEnv | None = None,
+        buffer: Any = None,
+        left: int,
+        stagger: bool = False,
+    ) -> Any:
         """Start or go on with a stage that has `left` steps to make. Returns the observation to act on.
+
+        `stagger` spreads the ages of the first episodes (`VecEnv.stagger`), where the environment can.
 
         The first stage that brings an environment or a buffer makes it part of all checkpoints from then on, and loads
         it if the run is resumed. An environment that an earlier stage has used goes on where it stands.
@@ -220,7 +278,7 @@ class Run:
             self._set_total(self.progress + left)
         if buffer is not None and hasattr(buffer, "save"):
             self._claim(f"{stage.name}.buffer", buffer)
-        obs = None if env is None else self._start_env(agent, env, stage)
+        obs = None if env is None else self._start_env(agent, env, stage, stagger)
         self.display.start(self.total, self.progress)
         self._evaluate_if_due(agent)
         if self._stop:  # an evaluation that was due and is not made stays due at this very step
@@ -236,7 +294,7 @@ class Run:
         self._set_total(total)
         self._planned = True
 
-    def _start_env(self, agent: Agent, env: VecEnv, stage: Stage) -> Tensor:
+    def _start_env(self, agent: Agent, env: VecEnv, stage: Stage, stagger: bool) -> Tensor:
         name = f"{stage.name}.env"
         if any(e is env for e in self._envs):
             if env.can_checkpoint:
@@ -251,6 +309,11 @@ class Run:
             self.display.say(f"{env.id} cannot restore its simulator: the run goes on with fresh episodes")
             stream = f"env at {self.progress}"  # not the episodes it has already seen
         obs, _ = env.reset(seed=derive(self.seed, f"{stream}/{stage.name}", 31))
+        if stagger and env.num_envs > 1:
+            if env.can_stagger:
+                env.stagger()
+            else:
+                self.display.say(f"{env.id} cannot stagger its worlds: they may reach their time limits together")
         return obs
 
     def _claim(self, name: str, part: checkpoint.Part) -> bool:
@@ -482,7 +545,7 @@ class Run:
             "offsets": {k: f.tell() for k, f in self._rows.items()},
         }
         tensors = {f"sum.{k}": v for k, v in self._sums.items()}
-        tensors |= {"ret": self.episodes.ret, "length": self.episodes.length, "episodes": self.episodes.sums}
+        tensors |= {f"episodes.{k}": v for k, v in self.episodes.state().items()}
         name = f"step_{self.progress:012d}"
         snap = checkpoint.Snapshot(state, tensors)
         folder = checkpoint.save(
@@ -502,8 +565,7 @@ class Run:
         self.eval_episodes_used = s["eval_episodes_used"]
         self._offsets = s["offsets"]
         self._sums = {k.removeprefix("sum."): v for k, v in snap.tensors.items() if k.startswith("sum.")}
-        self.episodes.ret, self.episodes.length = snap.tensors["ret"], snap.tensors["length"]
-        self.episodes.sums = snap.tensors["episodes"]
+        self.episodes.set_state({k[9:]: v for k, v in snap.tensors.items() if k.startswith("episodes.")})
         self._unclaimed = {p.name: p for p in folder.iterdir() if p.is_dir()}
         self.stages = {n: Stage(n, *counts) for n, counts in s["stages"].items()}
         self._restored, self._saved_at = None, self.progress

@@ -32,6 +32,8 @@ class OnPolicyConfig(AgentConfig):
     """Worlds stepped side by side."""
     horizon: Count = 256
     """Steps of each world per rollout; one update learns from num_envs * horizon transitions."""
+    stagger: bool = True
+    """Spread the worlds' time limits evenly: otherwise a rollout sees them all at the same age of their episodes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def on_policy(
     if now.env_steps >= steps:
         return
     rollout = Rollout(horizon, agent.spec.device)
-    obs = run.begin(agent, now, env=env, left=steps - now.env_steps)
+    obs = run.begin(agent, now, env=env, left=steps - now.env_steps, stagger=agent.cfg.stagger)
     while now.env_steps < steps:
         with run.timed("collect"):
             for _ in range(horizon):

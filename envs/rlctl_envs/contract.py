@@ -55,6 +55,7 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     episode_len: int
     """Steps after which an episode is truncated."""
     can_checkpoint: bool = False
+    can_stagger: bool = False
     _np_dtype: np.dtype[Any]
     num_diverged: int = 0
     """Simulations that ran away and were ended, since construction."""
@@ -101,6 +102,18 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     def set_state(self, state: EnvState) -> None:
         """Continue from what `state` returned. Raises ValueError if it does not fit this environment."""
         raise NotImplementedError(f"{self.id}: this kind of environment cannot be checkpointed (can_checkpoint).")
+
+    def stagger(self) -> None:
+        """After a reset: spread the running episodes' ages evenly over the time limit; environment 0 keeps age 0.
+
+        Their first episodes are truncated that much sooner, and from then on the environments do not reach their limits
+        all in the same step: a rollout shorter than an episode sees all of its phases.
+        """
+        raise NotImplementedError(f"{self.id}: this kind of environment cannot be staggered (can_stagger).")
+
+    def _staggered_ages(self) -> NDArray[np.int64]:
+        """Steps [N] each environment's episode counts as having run."""
+        return np.arange(self.num_envs, dtype=np.int64) * self.episode_len // self.num_envs
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id}, num_envs={self.num_envs})"

@@ -31,6 +31,7 @@ class ProbeEnv(VecEnv):
     """
 
     can_checkpoint: bool = True
+    can_stagger: bool = True
     probe_obs_dim: ClassVar[int] = 1
     default_episode_len: ClassVar[int] = 2
     """One more than the step that terminates, so that the time limit plays no part."""
@@ -94,6 +95,11 @@ class ProbeEnv(VecEnv):
         self._obs = torch.as_tensor(self.first_obs(self.num_envs), dtype=self.dtype)
         self._clock = torch.zeros(self.num_envs, dtype=torch.int64)
         return self._obs.to(self.device), {}
+
+    def stagger(self) -> None:
+        """Spread the episodes' ages over the time limit; see `VecEnv.stagger`."""
+        _ = self.current_obs
+        self._clock = torch.from_numpy(self._staggered_ages())
 
     def step(self, actions: Tensor | NDArray[Any]) -> StepResult:
         """Advance every episode by one step; see `VecEnv`."""

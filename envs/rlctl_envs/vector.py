@@ -53,6 +53,7 @@ class MujocoVecEnv(VecEnv):
     """
 
     can_checkpoint: bool = True
+    can_stagger: bool = True
 
     def __init__(
         self,
@@ -114,6 +115,12 @@ class MujocoVecEnv(VecEnv):
         self._obs = np.empty((self.num_envs, self.obs_dim), self._np_dtype)
         self._restart(self._all_ids, self._obs)
         return self._tensor(self._obs), {}
+
+    def stagger(self) -> None:
+        """Spread the episodes' ages over the time limit; see `VecEnv.stagger`."""
+        self._require_obs()
+        self._clock[...] = self._staggered_ages()
+        self._steps_to_limit = self.episode_len - int(self._clock.max())
 
     def step(self, actions: Tensor | NDArray[Any]) -> StepResult:
         """Advance every environment by one step; see `VecEnv`."""

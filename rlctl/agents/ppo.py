@@ -129,25 +129,31 @@ class PPO(Agent):
         return (v - ret).square().mean()
 
     def loss(self, m: Rows) -> tuple[Tensor, Metrics]:
-        """policy_loss + vf_coef value_loss - ent_coef entropy of a minibatch, and what to log of it."""
+        """policy_loss + vf_coef value_loss - ent_coef entropy of a minibatch, and the parts to log."""
         c = self.cfg
         adv = m.adv
         if c.normalize_advantage:
             std, mean = torch.std_mean(adv)
             adv = (adv - mean) / (std + 1e-8)
         pi = self.pi(m.obs)
-        log_ratio = pi.log_prob(m.action) - m.logp_old
-        ratio = log_ratio.exp()
+        ratio = (pi.log_prob(m.action) - m.logp_old).exp()
         policy_loss, value_loss = self.policy_loss(ratio, adv), self.value_loss(self.v(m.obs), m.ret)
-        entropy = pi.entropy().mean()
-        with torch.no_grad():
-            kl, clipped = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > c.clip).float().mean()
-        return policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy, {
-            "losses/policy": policy_loss.detach(),
-            "losses/value": value_loss.detach(),
-            "policy/entropy": entropy.detach(),
-            "policy/approx_kl": kl,
-            "policy/clip_fraction": clipped,
+        loss = policy_loss + c.vf_coef * value_loss
+        if c.ent_coef:
+            loss = loss - c.ent_coef * pi.entropy().mean()
+        return loss, {"losses/policy": policy_loss.detach(), "losses/value": value_loss.detach()}
+
+    @torch.no_grad()
+    def step_taken(self, rows: Rows) -> Metrics:
+        """How far the policy has moved from the one that collected `rows`."""
+        pi = self.pi(rows.obs)
+        log_ratio = pi.log_prob(rows.action) - rows.logp_old
+        ratio = log_ratio.exp()
+        return {
+            "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+            "policy/clip_fraction": ((ratio - 1).abs() > self.cfg.clip).float().mean(),
+            "policy/entropy": pi.entropy().mean(),
+            "policy/std": pi.log_std.exp().mean(),
         }
 
     def update(self, batch: Batch) -> Metrics:
@@ -163,11 +169,10 @@ class PPO(Agent):
                 loss, metrics = self.loss(minibatch)
                 minimize(loss, self.opt, c.max_grad_norm)
                 log.append(metrics)
+        explained = 1 - rows.adv.var() / (rows.ret.var() + 1e-8)
+        metrics = mean_of(log) | self.step_taken(rows) | {"value/explained_variance": explained}
         if c.normalize_obs:
             self.obs_norm.update(batch.obs)
         if c.normalize_reward:
             self.reward_scale.update(batch.reward, batch.terminated | batch.truncated)
-        return mean_of(log) | {
-            "policy/std": self.pi.log_std.detach().exp().mean(),
-            "value/explained_variance": 1 - rows.adv.var() / (rows.ret.var() + 1e-8),
-        }
+        return metrics

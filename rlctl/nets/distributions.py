@@ -55,8 +55,8 @@ class Normal:
 
     def entropy(self) -> Tensor:
         """Differential entropy [...]."""
-        per_dim = self.log_std.expand_as(self.mean)
-        return per_dim.sum(-1) + (HALF_LOG_2PI + 0.5) * self.mean.shape[-1]
+        entropy = self.log_std.sum(-1) + (HALF_LOG_2PI + 0.5) * self.mean.shape[-1]
+        return entropy.expand(self.mean.shape[:-1])
 
     def detach(self) -> Normal:
         """A copy that no gradient reaches and no later update of the policy's parameters changes."""

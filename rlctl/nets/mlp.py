@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from rlctl.ops.dense import FusedActivation, dense
 from rlctl.ops.matmul import linear
 
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
@@ -20,19 +21,24 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with a ReLU behind it if asked, through the faster kernels of this machine (`rlctl.ops.matmul`)."""
-
-    def __init__(self, in_features: int, out_features: int, *, relu: bool = False) -> None:
-        super().__init__(in_features, out_features)
-        self.relu = relu
+    """`nn.Linear` through the faster kernels of this machine (`rlctl.ops.matmul`)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`."""
-        return linear(input, self.weight, self.bias, relu=self.relu)
+        return linear(input, self.weight, self.bias)
 
-    def extra_repr(self) -> str:
-        """The sizes, and the activation if it is inside."""
-        return super().extra_repr() + (", relu" if self.relu else "")
+
+class MLP(nn.Sequential):
+    """`nn.Sequential` of the layers `mlp` builds, run through `rlctl.ops.dense` where that knows the activation."""
+
+    fused: FusedActivation | None = None
+    """The activation of every hidden layer, where all layers are affine: the network then runs as a whole."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        if self.fused is None:
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        return dense(input, [p for m in self if isinstance(m, Linear) for p in (m.weight, m.bias)], self.fused)
 
 
 def mlp(
@@ -43,22 +49,20 @@ def mlp(
     *,
     layer_norm: bool = False,
     orthogonal: float | None = None,
-) -> nn.Sequential:
+) -> MLP:
     """`in_dim -> hidden... -> out_dim`, linear last layer.
 
     `layer_norm` puts a LayerNorm before each activation. Initialisation is PyTorch's default (uniform within
     1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g` in the last, and
     biases are zero.
     """
-    net = nn.Sequential()
+    net = MLP()
     width = in_dim
-    for k, h in enumerate(hidden):  # names, so that a state dict does not depend on what is fused
-        fused = activation == "relu" and not layer_norm
-        net.add_module(f"hidden{k}", Linear(width, h, relu=fused))
+    for k, h in enumerate(hidden):
+        net.add_module(f"hidden{k}", Linear(width, h))
         if layer_norm:
             net.add_module(f"norm{k}", nn.LayerNorm(h))
-        if not fused:
-            net.add_module(f"act{k}", ACTIVATIONS[activation]())
+        net.add_module(f"act{k}", ACTIVATIONS[activation]())
         width = h
     net.add_module("out", Linear(width, out_dim))
     if orthogonal is not None:
@@ -66,4 +70,6 @@ def mlp(
         for i, linear in enumerate(linears):
             nn.init.orthogonal_(linear.weight, orthogonal if i == len(linears) - 1 else 2**0.5)
             nn.init.zeros_(linear.bias)
+    if not layer_norm and (activation == "relu" or activation == "tanh"):
+        net.fused = activation
     return net

@@ -35,59 +35,65 @@ def onednn_is_faster() -> bool:
 ENABLED = onednn_is_faster()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """x W^T + b: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`; `relu` adds the activation in the same pass."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
     if not _worth_it(x, weight, x.numel() * weight.shape[0]):
-        out = functional.linear(x, weight, bias)
-        return functional.relu(out) if relu else out
-    flat = x.reshape(-1, x.shape[-1])
-    out = _Linear.apply(flat, weight, bias, relu)  # type: ignore[no-untyped-call]
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+        return functional.linear(x, weight, bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        out: Tensor = _Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    else:  # spare the call its bookkeeping
+        out = _linear(flat, weight, bias)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b for two matrices, `[n, k]`, `[k, m]` -> `[n, m]`."""
     if not _worth_it(a, b, a.numel() * b.shape[1]):
         return a @ b
-    out: Tensor = _MatMul.apply(a, b)  # type: ignore[no-untyped-call]
+    out: Tensor = _MatMul.apply(a, b) if torch.is_grad_enabled() else _matmul(a, b)  # type: ignore[no-untyped-call]
     return out
 
 
 def _worth_it(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
     return (
-        ENABLED
-        and multiply_adds >= SMALLEST
+        multiply_adds >= SMALLEST
+        and ENABLED
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
         and not torch.compiler.is_compiling()
     )
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return out
+
+
 class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        # not the operator's own "relu": that one turns NaN into 0, and a diverged network would look healthy
-        return out.relu_() if relu else out
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
-        x, weight, _, ctx.relu = inputs
-        ctx.save_for_backward(x, weight, *([output] if ctx.relu else []))
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, *output = ctx.saved_tensors
-        if ctx.relu:
-            grad = torch.ops.aten.threshold_backward(grad, output[0], 0)
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             matmul(grad, weight) if need_x else None,
             matmul(grad.t(), x) if need_weight else None,
             grad.sum(0) if need_bias else None,
-            None,
         )
 
 
@@ -96,8 +102,7 @@ class _MatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return out
+        return _matmul(a, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

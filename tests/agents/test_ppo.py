@@ -155,23 +155,29 @@ def test_first_ratio_is_one_in_every_update(double: None) -> None:
         assert float((agent.ratios[-1] - 1).abs().max()) > 1e-4
 
 
-def test_clip_fraction_and_kl_are_zero_where_the_policy_stands_still() -> None:
-    agent = ppo(**OneStep)
-    metrics = agent.update(batch_for(agent))
-    assert float(metrics["policy/clip_fraction"]) == 0.0
-    assert float(metrics["policy/approx_kl"]) == pytest.approx(0.0, abs=1e-10)
+def test_reported_step_is_that_of_the_finished_update(double: None) -> None:
+    agent = ppo(epochs=3, lr=1e-2, clip=0.05, normalize_obs=False)
+    batch = batch_for(agent)
+    before = agent.pi(batch.obs).log_prob(batch.action).detach()
+    metrics = {k: float(x) for k, x in agent.update(batch).items()}
+    log_ratio = agent.pi(batch.obs).log_prob(batch.action).detach() - before
+    assert metrics["policy/approx_kl"] == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()), rel=1e-9)
+    outside = ((log_ratio.exp() < 0.95) | (log_ratio.exp() > 1.05)).double().mean()
+    assert metrics["policy/clip_fraction"] == pytest.approx(float(outside), abs=1e-6)
+    assert 0 < metrics["policy/clip_fraction"] < 1
 
 
 def test_reported_numbers(double: None) -> None:
     agent = ppo(**OneStep, **Plain, log_std=-0.3)
     batch = batch_for(agent)
     adv, ret = agent.advantages(batch, batch.obs)
-    v, entropy = agent.v(batch.obs).detach(), -0.3 * ACT_DIM + 0.5 * ACT_DIM * np.log(2 * np.pi * np.e)
+    v = agent.v(batch.obs).detach()
     metrics = {k: float(x) for k, x in agent.update(batch).items()}
     assert metrics["losses/policy"] == pytest.approx(-float(adv.mean()), abs=1e-12)
     assert metrics["losses/value"] == pytest.approx(float((v - ret).square().mean()), rel=1e-12)
-    assert metrics["policy/entropy"] == pytest.approx(entropy, rel=1e-12)  # where the loss was taken
     log_std = agent.pi.log_std.detach()  # of the policy after the update
+    entropy = float(log_std.sum()) + 0.5 * ACT_DIM * np.log(2 * np.pi * np.e)
+    assert metrics["policy/entropy"] == pytest.approx(entropy, rel=1e-12)
     assert metrics["policy/std"] == pytest.approx(float(log_std.exp().mean()), rel=1e-12)
     assert metrics["value/explained_variance"] == pytest.approx(1 - float((ret - v).var() / ret.var()), abs=1e-6)
 
@@ -185,7 +191,7 @@ def test_every_transition_once_per_epoch_in_a_new_order() -> None:
     seen = recorded_inputs(agent.pi)
     agent.update(batch._replace(obs=obs))
     assert seen[0][0].shape == batch.obs.shape  # log pi_old of the whole rollout
-    minibatches = [x[0][:, 0] for x in seen[1:]]
+    minibatches = [x[0][:, 0] for x in seen[1:-1]]  # the last is the look back at the step taken
     assert all(len(m) == agent.cfg.minibatch_size for m in minibatches)
     per_epoch = len(numbers.flatten()) // agent.cfg.minibatch_size
     epochs = [torch.cat(minibatches[i * per_epoch : (i + 1) * per_epoch]) for i in range(3)]

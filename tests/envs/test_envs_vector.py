@@ -440,3 +440,30 @@ def test_no_log_file_in_the_working_folder(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert list(tmp_path.iterdir()) == []
     assert "settotalmass" not in done.stdout + done.stderr
+
+
+def test_staggered_worlds_reach_their_time_limits_in_turn() -> None:
+    env = rlctl_envs.make("HalfCheetah", 4, seed=0, episode_len=20)
+    env.reset(seed=0)
+    env.stagger()
+    ends: list[list[int]] = [[] for _ in range(4)]
+    for t in range(1, 46):
+        _, _, terminated, truncated, _ = env.step(torch.zeros(4, 6))
+        assert not bool(terminated.any())
+        for i in truncated.nonzero()[:, 0].tolist():
+            ends[i].append(t)
+    assert ends == [[20, 40], [15, 35], [10, 30], [5, 25, 45]]
+
+
+def test_staggering_needs_a_reset_and_survives_a_checkpoint() -> None:
+    env = rlctl_envs.make("HalfCheetah", 2, seed=0, episode_len=10)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.stagger()
+    env.reset(seed=0)
+    env.stagger()
+    other = rlctl_envs.make("HalfCheetah", 2, seed=1, episode_len=10)
+    other.reset(seed=1)
+    other.set_state(env.state())
+    for _ in range(12):
+        a, b = env.step(torch.zeros(2, 6)), other.step(torch.zeros(2, 6))
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))

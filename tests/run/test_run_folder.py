@@ -8,6 +8,7 @@ import re
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -135,6 +136,32 @@ def test_episode_statistics() -> None:
     assert stats.take()[2] == 0
     stats.add(torch.tensor([8.0, 80.0]), torch.tensor([True, True]))
     assert stats.take() == (76.0, 2.5, 2)  # 12 and 140: an episode spans calls of take
+
+
+@pytest.mark.parametrize("span", [1, 7, 256])
+def test_episode_statistics_against_a_plain_loop(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of steps worked through at once, and across a saved and restored state."""
+    monkeypatch.setattr(EpisodeStats, "SPAN", span)
+    g = torch.Generator().manual_seed(0)
+    stats, ret, length, found = EpisodeStats(3, torch.device("cpu")), np.zeros(3), np.zeros(3), []
+    for t in range(100):
+        reward, done = torch.randn(3, generator=g), torch.rand(3, generator=g) < 0.08
+        stats.add(reward, done)
+        if t == 52:
+            stored = {k: v.clone() for k, v in stats.state().items()}
+            stats = EpisodeStats(3, torch.device("cpu"))
+            stats.set_state(stored)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        ret += torch.randn(3, generator=g).double().numpy()
+        length += 1
+        for n in (torch.rand(3, generator=g) < 0.08).nonzero()[:, 0].tolist():
+            found.append((ret[n], length[n]))
+            ret[n] = length[n] = 0
+    mean_ret, mean_len, count = stats.take()
+    assert count == len(found) > 10
+    assert mean_ret == pytest.approx(float(np.mean([r for r, _ in found])), rel=1e-9)
+    assert mean_len == pytest.approx(float(np.mean([n for _, n in found])), rel=1e-12)
 
 
 def test_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
