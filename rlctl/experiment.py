@@ -25,6 +25,7 @@ from rlctl.run import Run, RunConfig, non_finite
 from rlctl.seeding import derive
 from rlctl.train import SCHEDULES, Job
 from rlctl.types import Agent, Spec
+from rlctl_envs.engines import available_cores
 
 if TYPE_CHECKING:
     from rlctl.data.dataset import Dataset
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 KEYS = ("algo", "env", "data", "seed", "device", "env_options", "agent", "run")
 SECTIONS, NAMES = ("env_options", "agent", "run"), ("algo", "env", "data", "device")
 SCHEMA = 1
+WORTH_SHARING = 8_000_000
+"""Multiply-adds of an update's largest product from which a second thread shortens it."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +202,18 @@ def pick_device(asked: str) -> tuple[torch.device, str]:
     return device, "as asked"
 
 
+def torch_threads(cfg: Any) -> int:
+    """CPU threads that pay off for the updates of an agent with config `cfg`: all cores, or one for small networks.
+
+    Two threads that share a product of a few million multiply-adds spend more on meeting than they save.
+    """
+    rows = getattr(cfg, "minibatch_size", None) or getattr(cfg, "batch_size", 1)
+    width = max(getattr(cfg, "hidden", None) or (1,))
+    return 1 if rows * width**2 < WORTH_SHARING else available_cores()
+
+
 def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
-    if settings.run.threads is not None:
-        torch.set_num_threads(settings.run.threads)
+    torch.set_num_threads(settings.run.threads or torch_threads(settings.agent))
     torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
     torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
     display = Display(quiet=quiet)

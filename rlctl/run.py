@@ -68,7 +68,8 @@ class RunConfig:
     tensorboard: bool = True
     """Write TensorBoard event files."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of torch; None takes all cores. Results are bit-reproducible for one value of it."""
+    """CPU threads of torch; None takes all cores, or one where the networks are too small to gain from more. Results
+    are bit-reproducible for one value of it."""
 
 
 class EpisodeStats:

@@ -228,3 +228,18 @@ def test_offline_counts_gradient_steps(tmp_path: Path) -> None:
     assert [(r["env_steps"], r["updates"]) for r in rows(folder / "metrics.jsonl")] == [(0, 20), (0, 40)]
     assert "no evaluation" in (folder / "console.log").read_text()
     assert experiment.read_json(folder / "run.json")["final"] is None
+
+
+def test_small_networks_take_one_thread_and_large_ones_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "available_cores", lambda: 6)
+    assert experiment.torch_threads(rlctl.agents.get("ppo").Config()) == 1
+    assert experiment.torch_threads(rlctl.agents.get("sac").Config()) == 6
+    assert experiment.torch_threads(rlctl.agents.get("sac").Config(hidden=(64, 64))) == 1
+    before = torch.get_num_threads()
+    try:
+        experiment.train(settings("sac", "Hopper", steps=4, run={"threads": 2}), tmp_path / "run", quiet=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
