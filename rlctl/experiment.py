@@ -207,8 +207,8 @@ def torch_threads(cfg: Any) -> int:
 
     Two threads that share a product of a few million multiply-adds spend more on meeting than they save.
     """
-    rows = getattr(cfg, "minibatch_size", None) or getattr(cfg, "batch_size", 1)
-    width = max(getattr(cfg, "hidden", None) or (1,))
+    rows = int(getattr(cfg, "minibatch_size", 0) or getattr(cfg, "batch_size", 1))
+    width = int(max(getattr(cfg, "hidden", (1,)), default=1))
     return 1 if rows * width**2 < WORTH_SHARING else available_cores()
 
 

@@ -649,6 +649,7 @@ class Run:
 def unowned_parameters(agent: Agent) -> None:
     """Raise TypeError for a trainable parameter that none of the agent's optimisers holds: it would never move."""
     owned = {id(p) for opt in agent.optimizers().values() for group in opt.param_groups for p in group["params"]}
+    owned |= {id(p) for p in agent.moved_by_hand()}
     if lost := [n for n, p in agent.named_parameters() if p.requires_grad and id(p) not in owned]:
         names = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
         raise TypeError(

@@ -7,7 +7,7 @@ action dimensions. A scalar per sample is always `[B]`, never `[B, 1]`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -109,7 +109,7 @@ class Agent(nn.Module):
 
     A subclass sets `regime` and `Config`, builds its networks and optimisers (attributes; both are found and
     checkpointed by themselves) in `__init__`, and implements `act` and `update`. Nothing in `update` may read a tensor
-    on the host: no `.item()`, no `bool(tensor)`, no numpy.
+    on the host: no `.item()`, no `bool(tensor)`, no numpy. A method that cannot do without says so in `host_reads`.
     """
 
     regime: ClassVar[Regime]
@@ -117,6 +117,8 @@ class Agent(nn.Module):
     """What training takes: {"env"}, {"data"} or both; None follows `regime`."""
     accepts: ClassVar[frozenset[Source]] = frozenset()
     """What training takes besides, if given."""
+    host_reads: ClassVar[str] = ""
+    """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""
@@ -190,6 +192,10 @@ class Agent(nn.Module):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 found |= {f"{name}/{k}": v for k, v in items if isinstance(v, torch.optim.Optimizer)}
         return found
+
+    def moved_by_hand(self) -> Iterable[nn.Parameter]:
+        """Parameters that `update` moves without an optimiser (a line search, say); a run refuses any other orphan."""
+        return ()
 
     @contextlib.contextmanager
     def borrowed_rng(self, seed: int) -> Iterator[None]:

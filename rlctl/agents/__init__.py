@@ -37,6 +37,12 @@ ENTRIES = {
     e.name: e
     for e in (
         Entry("ppo", "rlctl.agents.ppo:PPO", "arXiv:1707.06347", "clipped-ratio policy gradient"),
+        Entry("trpo", "rlctl.agents.trpo:TRPO", "arXiv:1502.05477", "natural-gradient step inside a KL ball"),
+        Entry(
+            "mdpo", "rlctl.agents.mdpo:MDPO", "arXiv:2005.09814", "mirror descent: surrogate minus a growing KL term"
+        ),
+        Entry("spo", "rlctl.agents.spo:SPO", "arXiv:2401.16025", "quadratic penalty on the ratio instead of a clip"),
+        Entry("fixpo", "rlctl.agents.fixpo:FixPO", "arXiv:2312.05405", "KL penalty and repair: a bound on every state"),
         Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),

@@ -10,32 +10,20 @@ for the whole rollout at the start of the update, which equals recording them wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlctl.agents.actor_critic import ActorCriticConfig, Rows, explained_variance, rows_of, standardized, step_taken
 from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
-from rlctl.nets.mlp import Activation
-from rlctl.ops import adam, gae, mean_of, minibatches, minimize
-from rlctl.train import OnPolicyConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.ops import adam, mean_of, minibatches, minimize
+from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Positive, Spec
 
 
 @dataclass(frozen=True)
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(ActorCriticConfig):
     """Defaults: the field's MuJoCo set (8 worlds x 256 steps, 10 epochs of minibatches of 64)."""
 
-    hidden: Widths = (64, 64)
-    """Widths of the hidden layers of policy and value network (nothing is shared)."""
-    activation: Activation = "tanh"
-    """Activation of both networks: relu, tanh, elu, silu or gelu."""
-    log_std: float = 0.0
-    """Initial log standard deviation of the actions, one free parameter per dimension."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    lam: Fraction = 0.95
-    """lambda of the generalised advantage estimates."""
     clip: Positive = 0.2
     """epsilon: the ratio counts only within [1 - clip, 1 + clip]."""
     epochs: Count = 10
@@ -54,22 +42,6 @@ class PPOConfig(OnPolicyConfig):
     """The gradient of one step is rescaled to at most this L2 norm."""
     normalize_advantage: bool = True
     """Standardise the advantages of each minibatch."""
-    normalize_obs: bool = True
-    """Standardise observations with running statistics (clipped to +-10)."""
-    normalize_reward: bool = True
-    """Divide rewards by the running spread of the discounted return (clipped to +-10)."""
-
-
-class Rows(NamedTuple):
-    """A rollout as the losses see it, `[B, ...]`."""
-
-    obs: Tensor
-    """Normalised."""
-    action: Tensor
-    logp_old: Tensor
-    adv: Tensor
-    ret: Tensor
-    """Value target."""
 
 
 class PPO(Agent):
@@ -87,37 +59,21 @@ class PPO(Agent):
             raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
         if c.minibatch_size == 1 and c.normalize_advantage:
             raise ValueError("minibatch_size=1 has no spread to normalise advantages by: set normalize_advantage=false")
-        self.obs_norm = ObsNorm(spec.obs_dim)
-        self.reward_scale = RewardScale(spec.num_envs, c.gamma)
+        self.obs_norm = ObsNorm(spec.obs_dim, enabled=c.normalize_obs)
+        self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)
         self.v = ValueNet(spec.obs_dim, c.hidden, c.activation, orthogonal=1.0)
         self.opt = adam([*self.pi.parameters(), *self.v.parameters()], c.lr, eps=1e-5)
         self.total_updates = -(-c.steps // size)  # the loop finishes the rollout it has begun
 
-    def normalize(self, obs: Tensor) -> Tensor:
-        """Observations as the networks see them."""
-        return self.obs_norm(obs) if self.cfg.normalize_obs else obs
-
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The unclipped Gaussian action; the environment clips its own copy to [-1, 1]."""
-        pi = self.pi(self.normalize(obs))
+        pi = self.pi(self.obs_norm(obs))
         return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
 
-    @torch.no_grad()
-    def advantages(self, batch: Batch, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and value targets (lambda-returns), both `[T, N]`; `obs` is `batch.obs` normalised."""
-        reward = self.reward_scale(batch.reward) if self.cfg.normalize_reward else batch.reward
-        v, next_v = self.v(obs), self.v(self.normalize(batch.next_obs))
-        adv = gae(reward, v, next_v, batch.terminated, batch.truncated, self.cfg.gamma, self.cfg.lam)
-        return adv, adv + v
-
-    @torch.no_grad()
     def prepare_rollout(self, batch: Batch) -> Rows:
         """What the losses need of a rollout `[T, N]`, flattened to `[T * N]`, all of it from before the update."""
-        obs = self.normalize(batch.obs)
-        adv, ret = self.advantages(batch, obs)
-        logp_old = self.pi(obs).log_prob(batch.action)
-        return Rows(*[x.flatten(0, 1) for x in (obs, batch.action, logp_old, adv, ret)])
+        return rows_of(batch, self.pi, self.v, self.obs_norm, self.reward_scale, self.cfg.gamma, self.cfg.lam)
 
     def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
         """-E[min(r A, clip(r) A)] over a minibatch `[B]`."""
@@ -131,10 +87,7 @@ class PPO(Agent):
     def loss(self, m: Rows) -> tuple[Tensor, Metrics]:
         """policy_loss + vf_coef value_loss - ent_coef entropy of a minibatch, and the parts to log."""
         c = self.cfg
-        adv = m.adv
-        if c.normalize_advantage:
-            std, mean = torch.std_mean(adv)
-            adv = (adv - mean) / (std + 1e-8)
+        adv = standardized(m.adv) if c.normalize_advantage else m.adv
         pi = self.pi(m.obs)
         ratio = (pi.log_prob(m.action) - m.logp_old).exp()
         policy_loss, value_loss = self.policy_loss(ratio, adv), self.value_loss(self.v(m.obs), m.ret)
@@ -142,19 +95,6 @@ class PPO(Agent):
         if c.ent_coef:
             loss = loss - c.ent_coef * pi.entropy().mean()
         return loss, {"losses/policy": policy_loss.detach(), "losses/value": value_loss.detach()}
-
-    @torch.no_grad()
-    def step_taken(self, rows: Rows) -> Metrics:
-        """How far the policy has moved from the one that collected `rows`."""
-        pi = self.pi(rows.obs)
-        log_ratio = pi.log_prob(rows.action) - rows.logp_old
-        ratio = log_ratio.exp()
-        return {
-            "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
-            "policy/clip_fraction": ((ratio - 1).abs() > self.cfg.clip).float().mean(),
-            "policy/entropy": pi.entropy().mean(),
-            "policy/std": pi.log_std.exp().mean(),
-        }
 
     def update(self, batch: Batch) -> Metrics:
         """`epochs` passes of shuffled minibatches over one rollout `[T, N]`, then the normalisers move."""
@@ -169,10 +109,7 @@ class PPO(Agent):
                 loss, metrics = self.loss(minibatch)
                 minimize(loss, self.opt, c.max_grad_norm)
                 log.append(metrics)
-        explained = 1 - rows.adv.var() / (rows.ret.var() + 1e-8)
-        metrics = mean_of(log) | self.step_taken(rows) | {"value/explained_variance": explained}
-        if c.normalize_obs:
-            self.obs_norm.update(batch.obs)
-        if c.normalize_reward:
-            self.reward_scale.update(batch.reward, batch.terminated | batch.truncated)
-        return metrics
+        metrics = mean_of(log) | step_taken(self.pi, rows, c.clip)
+        self.obs_norm.update(batch.obs)
+        self.reward_scale.update(batch.reward, batch.terminated | batch.truncated)
+        return metrics | self.pi.summary() | {"value/explained_variance": explained_variance(rows)}

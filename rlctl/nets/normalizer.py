@@ -41,14 +41,24 @@ class RunningMoments(nn.Module):
 
 
 class ObsNorm(RunningMoments):
-    """(obs - mean) / sqrt(var + 1e-8), clipped to +-`clip`; the identity (but for the clip) until the first data."""
+    """(obs - mean) / sqrt(var + 1e-8), clipped to +-`clip`; the identity (but for the clip) until the first data.
 
-    def __init__(self, obs_dim: int, clip: float = 10.0) -> None:
+    With `enabled=False` it is the identity and stays so.
+    """
+
+    def __init__(self, obs_dim: int, clip: float = 10.0, *, enabled: bool = True) -> None:
         super().__init__((obs_dim,))
-        self.clip = clip
+        self.clip, self.enabled = clip, enabled
+
+    def update(self, x: Tensor) -> None:
+        """Merge the rows of `x` [..., O]."""
+        if self.enabled:
+            super().update(x)
 
     def forward(self, obs: Tensor) -> Tensor:
         """`[..., O] -> [..., O]`, float32."""
+        if not self.enabled:
+            return obs
         scale = (self.var + 1e-8).rsqrt().float()
         return ((obs - self.mean.float()) * scale).clamp(-self.clip, self.clip)
 
@@ -57,23 +67,28 @@ class RewardScale(nn.Module):
     """Divides rewards by the spread of the running discounted return, clipped to +-`clip`. No mean is subtracted.
 
     G_t = gamma G_{t-1} + r_t, restarted after each episode; the divisor is std(G) over everything seen so far.
+    With `enabled=False` it is the identity and stays so.
     """
 
     carry: Tensor
 
-    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0, *, enabled: bool = True) -> None:
         super().__init__()
-        self.gamma, self.clip = gamma, clip
+        self.gamma, self.clip, self.enabled = gamma, clip, enabled
         self.moments = RunningMoments(())
         self.register_buffer("carry", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor) -> Tensor:
         """`[...] -> [...]`."""
+        if not self.enabled:
+            return reward
         return (reward * (self.moments.var + 1e-8).rsqrt().float()).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
     def update(self, reward: Tensor, boundary: Tensor) -> None:
         """Take in one rollout: raw rewards and episode ends (terminated or truncated), both `[T, N]`."""
+        if not self.enabled:
+            return
         sums, carry = discounted_sums(reward, boundary, self.gamma, self.carry)
         self.carry.copy_(carry)
         self.moments.update(sums)

@@ -57,6 +57,12 @@ class GaussianPolicy(Policy):
         """The distribution at `obs` [..., O]."""
         return Normal(self.mean(obs), self.log_std)
 
+    @torch.no_grad()
+    def summary(self) -> dict[str, Tensor]:
+        """What to log of the spread, which is the same in every state: entropy (nats) and mean standard deviation."""
+        entropy = Normal(self.log_std, self.log_std).entropy()  # of any mean
+        return {"policy/entropy": entropy, "policy/std": self.log_std.exp().mean()}
+
 
 class TanhGaussianPolicy(Policy):
     """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to [-20, 2]."""

@@ -22,6 +22,8 @@ from rlctl_envs.probes import ProbeEnv, make_probe
 OBS_DIM, ACT_DIM, NUM_ENVS, HORIZON, BATCH = 3, 2, 4, 16, 32
 
 SMALL: dict[str, Any] = {
+    "v_minibatch_size": 16,
+    "fixup_minibatch_size": 32,
     "hidden": (16, 16),
     "num_envs": NUM_ENVS,
     "horizon": HORIZON,
@@ -55,6 +57,10 @@ TINY: dict[str, dict[str, Any]] = {}
 
 SOLVE: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 8 * 16 * 60, "log_std": -1.0},
+    "trpo": {"steps": 8 * 16 * 60, "log_std": -1.0, "delta": 0.03, "v_lr": 1e-2, "v_minibatch_size": 32},
+    "mdpo": {"steps": 8 * 16 * 100, "log_std": -1.0, "lr": 1e-2, "v_lr": 1e-2, "v_clip": 0.0, "v_minibatch_size": 32},
+    "spo": {"steps": 8 * 16 * 60, "log_std": -1.0},
+    "fixpo": {"steps": 8 * 16 * 60, "log_std": -1.0, "vf_coef": 0.5},
     "sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},

@@ -10,6 +10,7 @@ import torch
 from agent_helpers import ACT_DIM, OBS_DIM, Table, batch_for, differing, recorded_inputs, snapshot, tiny, transitions
 from torch import Tensor, nn
 
+from rlctl.agents.actor_critic import Rows
 from rlctl.agents.ppo import PPO
 from rlctl.nets import Normal
 from rlctl.types import Batch
@@ -74,7 +75,7 @@ def test_first_step_of_an_update_is_the_policy_gradient(double: None) -> None:
     agent = ppo(**OneStep, **Plain, vf_coef=0.0, max_grad_norm=1e9)
     gradient_descent(agent)
     batch = batch_for(agent)
-    adv, _ = agent.advantages(batch, batch.obs)
+    adv, _ = advantages(agent, batch)
     vanilla = -(adv * agent.pi(batch.obs).log_prob(batch.action)).mean()
     expected = torch.autograd.grad(vanilla, list(agent.pi.parameters()))
     before = snapshot(agent)
@@ -89,7 +90,7 @@ def test_value_step_is_the_weighted_gradient_of_the_squared_error(double: None) 
     agent = ppo(**OneStep, **Plain, vf_coef=0.3, max_grad_norm=1e9)
     gradient_descent(agent)
     batch = batch_for(agent)
-    _, ret = agent.advantages(batch, batch.obs)
+    _, ret = advantages(agent, batch)
     expected = torch.autograd.grad(0.3 * (agent.v(batch.obs) - ret).square().mean(), list(agent.v.parameters()))
     before = snapshot(agent)
     agent.update(batch)
@@ -138,6 +139,12 @@ class Watched(PPO):
         return super().policy_loss(ratio, adv)
 
 
+def advantages(agent: PPO, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets [T, N]."""
+    rows = agent.prepare_rollout(batch)
+    return rows.adv.view_as(batch.reward), rows.ret.view_as(batch.reward)
+
+
 def watched(**overrides: Any) -> Watched:
     template = ppo(**overrides)
     torch.manual_seed(0)
@@ -170,7 +177,7 @@ def test_reported_step_is_that_of_the_finished_update(double: None) -> None:
 def test_reported_numbers(double: None) -> None:
     agent = ppo(**OneStep, **Plain, log_std=-0.3)
     batch = batch_for(agent)
-    adv, ret = agent.advantages(batch, batch.obs)
+    adv, ret = advantages(agent, batch)
     v = agent.v(batch.obs).detach()
     metrics = {k: float(x) for k, x in agent.update(batch).items()}
     assert metrics["losses/policy"] == pytest.approx(-float(adv.mean()), abs=1e-12)
@@ -228,9 +235,9 @@ def test_a_constant_added_to_the_advantages(double: None, normalise: bool) -> No
     class Shifted(PPO):
         shift = 0.0
 
-        def advantages(self, batch: Batch, obs: Tensor) -> tuple[Tensor, Tensor]:
-            adv, ret = super().advantages(batch, obs)
-            return adv + self.shift, ret
+        def prepare_rollout(self, batch: Batch) -> Rows:
+            rows = super().prepare_rollout(batch)
+            return rows._replace(adv=rows.adv + self.shift)
 
     after = []
     for shift in (0.0, 50.0):
@@ -286,7 +293,7 @@ def test_advantages_by_number(double: None, end: str | None, expected: list[floa
         terminated=ended if end == "terminated" else no,
         truncated=ended if end == "truncated" else no,
     )
-    adv, ret = agent.advantages(batch, batch.obs)
+    adv, ret = advantages(agent, batch)
     assert adv[:, 0].tolist() == pytest.approx(expected, abs=1e-10)
     torch.testing.assert_close(ret - value, adv, rtol=0, atol=1e-12)
     assert not adv.requires_grad
@@ -343,7 +350,7 @@ def test_normalisers_off_never_move() -> None:
     agent.update(batch_for(agent))
     assert differing(nn.ModuleList([agent.obs_norm, agent.reward_scale]), before) == []
     x = torch.tensor([[100.0, -200.0, 3.0]])
-    assert torch.equal(agent.normalize(x), x)
+    assert torch.equal(agent.obs_norm(x), x)
 
 
 def test_acting_and_evaluating_move_nothing() -> None:
@@ -361,7 +368,7 @@ def test_rewards_are_scaled_and_observations_standardised_for_the_advantages() -
     batch = batch_for(agent, 1)
     v = Table(torch.zeros_like(batch.reward))
     agent.v = v  # type: ignore[assignment]
-    adv, _ = agent.advantages(batch, agent.normalize(batch.obs))
+    adv, _ = advantages(agent, batch)
     seen_obs, seen_next = v.seen[0][0], v.seen[1][0]
     torch.testing.assert_close(seen_obs, agent.obs_norm(batch.obs))
     torch.testing.assert_close(seen_next, agent.obs_norm(batch.next_obs))
