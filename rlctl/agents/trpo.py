@@ -80,33 +80,34 @@ class TRPO(Agent):
         """The policy: its step comes from a line search, not from an optimiser."""
         return self.pi.parameters()
 
-    def surrogate(self, rows: Rows, adv: Tensor) -> Tensor:
-        """E[r A], to be maximised; its gradient at the old policy is the policy gradient."""
-        return ((self.pi(rows.obs).log_prob(rows.action) - rows.logp_old).exp() * adv).mean()
+    def surrogate(self, pi: Normal, rows: Rows, adv: Tensor) -> Tensor:
+        """E[r A], to be maximised, of the distribution `pi` at the rows; at the old one its gradient is the policy's."""
+        return ((pi.log_prob(rows.action) - rows.logp_old).exp() * adv).mean()
 
-    def divergence(self, rows: Rows, old: Normal) -> Tensor:
-        """Mean KL divergence (nats) between the policy and `old`, a detached copy of it."""
-        new = self.pi(rows.obs)
-        return (new.kl(old) if self.cfg.kl == "new_old" else old.kl(new)).mean()
+    def divergence(self, pi: Normal, old: Normal) -> Tensor:
+        """Mean KL divergence (nats) between `pi` and `old`, a detached copy of it, in the configured direction."""
+        return (pi.kl(old) if self.cfg.kl == "new_old" else old.kl(pi)).mean()
 
     def policy_step(self, rows: Rows) -> Metrics:
         """The largest step of the backtracking that keeps the divergence and raises the surrogate, or none at all."""
         c, params = self.cfg, list(self.pi.parameters())
         adv = standardized(rows.adv)
-        old = self.pi(rows.obs).detach()
-        surrogate = self.surrogate(rows, adv)
-        gradient = flat(torch.autograd.grad(surrogate, params))
-        product = fisher_vector_product(self.divergence(rows, old), params, c.damping)
+        pi = self.pi(rows.obs)
+        old, surrogate = pi.detach(), self.surrogate(pi, rows, adv)
+        gradient = flat(torch.autograd.grad(surrogate, params, retain_graph=True))
+        product = fisher_vector_product(self.divergence(pi, old), params, c.damping)
         step = natural_step(product, gradient, c.delta, c.cg_iterations)
 
         def accept() -> Tensor:
-            return (self.surrogate(rows, adv) > surrogate) & (self.divergence(rows, old) <= c.delta)
+            new = self.pi(rows.obs)
+            return (self.surrogate(new, rows, adv) > surrogate) & (self.divergence(new, old) <= c.delta)
 
         scale = backtrack(params, step, accept, c.shrink, c.backtracks)
         with torch.no_grad():
+            new = self.pi(rows.obs)
             return {
-                "losses/policy": -self.surrogate(rows, adv),
-                "policy/kl": self.divergence(rows, old),
+                "losses/policy": -self.surrogate(new, rows, adv),
+                "policy/kl": self.divergence(new, old),
                 "policy/step_scale": scale,
             }
 

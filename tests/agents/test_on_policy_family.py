@@ -51,7 +51,7 @@ def first_losses(rows: Rows, adv: Tensor, pi: Any) -> dict[str, Tensor]:
         "ppo": ppo.policy_loss(ratio, adv),
         "spo": spo.policy_loss(ratio, adv),
         "mdpo": mdpo.policy_loss(rows, adv, old, 0.3),
-        "trpo": -trpo.surrogate(rows, adv),
+        "trpo": -trpo.surrogate(pi(rows.obs), rows, adv),
         "fixpo": fixpo.loss(rows, old)[0] - fixpo.cfg.vf_coef * (fixpo.v(rows.obs) - rows.ret).square().mean(),
     }
 
@@ -133,7 +133,7 @@ def test_an_accepted_step_is_inside_and_better(double: None, kl: str, delta: flo
     accepted = 0
     for seed in range(8):
         rows, adv = rows_for(agent, seed)
-        old, surrogate = agent.pi(rows.obs).detach(), float(agent.surrogate(rows, adv).detach())
+        old, surrogate = agent.pi(rows.obs).detach(), float(agent.surrogate(agent.pi(rows.obs), rows, adv).detach())
         metrics = agent.policy_step(rows)
         if float(metrics["policy/step_scale"]):
             accepted += 1
@@ -141,7 +141,7 @@ def test_an_accepted_step_is_inside_and_better(double: None, kl: str, delta: flo
             measured = (new.kl(old) if kl == "new_old" else old.kl(new)).mean()
             assert float(measured.detach()) == pytest.approx(float(metrics["policy/kl"]), abs=1e-12)
             assert 0 < float(measured.detach()) <= delta
-            assert float(agent.surrogate(rows, adv).detach()) > surrogate
+            assert float(agent.surrogate(agent.pi(rows.obs), rows, adv).detach()) > surrogate
     assert accepted >= 6
 
 
