@@ -2,8 +2,8 @@
 
     python benchmarks/speed/trpo.py
 
-Both with two 64-64 tanh networks on Hopper's 2048 transitions, 15 iterations of conjugate gradient, damping 0.1, up to 10
-backtracking candidates (ours always evaluates all ten), then 10 epochs of value steps on minibatches of 128.
+Both with two 64-64 tanh networks on 2048 transitions of Hopper, 15 iterations of conjugate gradient, damping 0.1, up to
+10 backtracking candidates (ours always evaluates all ten), then 10 epochs of value steps on minibatches of 128.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class TRPO(Agent):
         return self.pi.parameters()
 
     def surrogate(self, pi: Normal, rows: Rows, adv: Tensor) -> Tensor:
-        """E[r A], to be maximised, of the distribution `pi` at the rows; at the old one its gradient is the policy's."""
+        """E[r A] of the distribution `pi` at the rows, to be maximised; at the old one it has the policy gradient."""
         return ((pi.log_prob(rows.action) - rows.logp_old).exp() * adv).mean()
 
     def divergence(self, pi: Normal, old: Normal) -> Tensor:

@@ -309,8 +309,11 @@ def test_full_disk_leaves_the_checkpoint_before(
     newest = checkpoint.newest_intact(stopped / "checkpoints", pytest.fail)
     assert newest is not None
     assert newest.name == "step_000000000130"
+    left = [p.name for p in (stopped / "checkpoints").glob(".tmp-*")]
+    assert len(left) == 1  # what could not be finished
     experiment.resume(stopped, quiet=True)
     assert experiment.read_json(stopped / "run.json")["status"] == "done"
+    assert not list((stopped / "checkpoints").glob(".tmp-*"))  # and is cleared away, whatever its name
 
 
 def test_moved_and_symlinked_runs_resume(whole: Path, stopped: Path, tmp_path: Path) -> None:
