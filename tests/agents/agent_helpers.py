@@ -57,6 +57,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 8 * 16 * 60, "log_std": -1.0},
     "sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     "mdpo-off": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "kl_coef": 0.02, "anchor_every": 20},
+    "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
