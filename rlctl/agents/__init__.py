@@ -44,6 +44,8 @@ ENTRIES = {
         Entry("spo", "rlctl.agents.spo:SPO", "arXiv:2401.16025", "quadratic penalty on the ratio instead of a clip"),
         Entry("fixpo", "rlctl.agents.fixpo:FixPO", "arXiv:2312.05405", "KL penalty and repair: a bound on every state"),
         Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
+        Entry("mdpo-off", "rlctl.agents.mdpo_off:MDPOOff", "arXiv:2005.09814", "mirror descent on a soft actor-critic"),
+        Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
     )

@@ -40,6 +40,12 @@ class MLP(nn.Sequential):
             return super().forward(input)  # type: ignore[no-untyped-call]
         return dense(input, [p for m in self if isinstance(m, Linear) for p in (m.weight, m.bias)], self.fused)
 
+    def features(self, input: Tensor) -> Tensor:
+        """What the last layer sees, `[..., in] -> [..., width of the last hidden layer]`: `net[-1]` goes on from it."""
+        for layer in list(self)[:-1]:
+            input = layer(input)
+        return input
+
 
 def mlp(
     in_dim: int,

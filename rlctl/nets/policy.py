@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlctl.nets.distributions import Normal, TanhNormal
-from rlctl.nets.mlp import Activation, mlp
+from rlctl.nets.distributions import Normal, NormalMixture, TanhNormal, TanhNormalMixture
+from rlctl.nets.mlp import Activation, Linear, mlp
 
 
 class Policy(nn.Module):
     """Base of all policies. `can` names its capabilities:
 
     sample: stochastic draws; reparam: draws differentiable in the parameters; log_prob: exact density of a given
-    action; entropy, kl: in closed form; mode: a deterministic action; deterministic: the module
-    returns actions, not a distribution; chain_log_prob, matching_loss, decode: of
-    generative policies.
+    action; entropy, kl: in closed form; mode: a deterministic action; components: the distribution is a mixture with
+    `weights` and `components`; deterministic: the module returns actions, not a distribution; chain_log_prob,
+    matching_loss, decode: of generative policies.
     """
 
     can: ClassVar[frozenset[str]] = frozenset()
@@ -77,6 +77,90 @@ class TanhGaussianPolicy(Policy):
         """The distribution at `obs` [..., O]."""
         mean, log_std = self.net(obs).chunk(2, -1)
         return TanhNormal(mean, log_std.clamp(-20.0, 2.0))
+
+
+GateInput = Literal["features", "obs"]
+
+
+class Gate(nn.Module):
+    """One linear layer that gives the logits of a mixture's weights.
+
+    `sees="features"`: the last hidden layer of the components' network, detached, so that what trains the gate trains
+    this layer alone; `sees="obs"`: the observation.
+    """
+
+    def __init__(self, obs_dim: int, width: int, num: int, sees: GateInput) -> None:
+        super().__init__()
+        self.sees = sees
+        self.linear = Linear(width if sees == "features" else obs_dim, num)
+
+    def forward(self, obs: Tensor, features: Tensor) -> Tensor:
+        """Logits [..., K]."""
+        return self.linear(features.detach() if self.sees == "features" else obs)
+
+
+class MixturePolicy(Policy):
+    """Gaussian mixture (not squashed): an MLP for the K means, K free log-std vectors, a learned gate.
+
+    With one component it is `GaussianPolicy`.
+    """
+
+    can = frozenset({"sample", "log_prob", "mode", "components"})
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        num: int = 4,
+        activation: Activation = "tanh",
+        *,
+        log_std: float = 0.0,
+        orthogonal: float | None = 0.01,
+        gate: GateInput = "obs",
+    ) -> None:
+        super().__init__()
+        self.num, self.act_dim = num, act_dim
+        self.mean = mlp(obs_dim, num * act_dim, hidden, activation, orthogonal=orthogonal)
+        self.log_std = nn.Parameter(torch.full((num, act_dim), log_std))
+        self.gate = Gate(obs_dim, hidden[-1] if hidden else obs_dim, num, gate)
+
+    def forward(self, obs: Tensor) -> NormalMixture:
+        """The distribution at `obs` [..., O]."""
+        features = self.mean.features(obs)
+        mean = self.mean[-1](features).unflatten(-1, (self.num, self.act_dim))
+        return NormalMixture(self.gate(obs, features), Normal(mean, self.log_std))
+
+
+class TanhMixturePolicy(Policy):
+    """Squashed Gaussian mixture: K means and log-stds (clamped to [-20, 2]) from one MLP, a learned gate.
+
+    With one component it is `TanhGaussianPolicy`.
+    """
+
+    can = frozenset({"sample", "log_prob", "mode", "components"})
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        num: int = 4,
+        activation: Activation = "relu",
+        *,
+        gate: GateInput = "features",
+    ) -> None:
+        super().__init__()
+        self.num, self.act_dim = num, act_dim
+        self.net = mlp(obs_dim, 2 * num * act_dim, hidden, activation)
+        self.gate = Gate(obs_dim, hidden[-1] if hidden else obs_dim, num, gate)
+
+    def forward(self, obs: Tensor) -> TanhNormalMixture:
+        """The distribution at `obs` [..., O]."""
+        features = self.net.features(obs)
+        heads = self.net[-1](features).unflatten(-1, (2, self.num, self.act_dim))
+        mean, log_std = heads.unbind(-3)
+        return TanhNormalMixture(self.gate(obs, features), TanhNormal(mean, log_std.clamp(-20.0, 2.0)))
 
 
 class DeterministicPolicy(Policy):

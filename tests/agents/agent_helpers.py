@@ -62,6 +62,8 @@ SOLVE: dict[str, dict[str, Any]] = {
     "spo": {"steps": 8 * 16 * 60, "log_std": -1.0},
     "fixpo": {"steps": 8 * 16 * 60, "log_std": -1.0, "vf_coef": 0.5},
     "sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
+    "mdpo-off": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "kl_coef": 0.02, "anchor_every": 20},
+    "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
@@ -172,10 +174,10 @@ def random_dataset(env: ProbeEnv, steps: int, seed: int = 0) -> Dataset:
     return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"random-{env.id}", seed=seed)
 
 
-def solve(name: str, probe: str, seed: int = 0) -> tuple[Agent, ProbeEnv]:
+def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent, ProbeEnv]:
     """Train the algorithm on a probe, through the schedule a run would use."""
     cls = agents.get(name)
-    cfg = config(name, FAST, {"steps": DEFAULT_STEPS[cls.regime]}, SOLVE.get(name, {}))
+    cfg = config(name, FAST, {"steps": DEFAULT_STEPS[cls.regime]}, SOLVE.get(name, {}), overrides)
     num_envs = getattr(cfg, "num_envs", 8)
     env = make_probe(probe, num_envs, seed=seed)
     spec = Spec(env.obs_dim, env.act_dim, num_envs, env.device, env.episode_len, seed)

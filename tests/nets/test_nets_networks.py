@@ -9,10 +9,12 @@ from torch import nn
 from rlctl.nets import (
     DeterministicPolicy,
     GaussianPolicy,
+    MixturePolicy,
     Normal,
     Policy,
     QEnsemble,
     TanhGaussianPolicy,
+    TanhMixturePolicy,
     TanhNormal,
     ValueNet,
     mlp,
@@ -108,7 +110,7 @@ def test_deterministic_policy() -> None:
     torch.testing.assert_close(action, torch.tensor([0.5, -30.0]).tanh().expand(2, 6, 2))
 
 
-POLICIES = [GaussianPolicy, TanhGaussianPolicy, DeterministicPolicy]
+POLICIES = [GaussianPolicy, TanhGaussianPolicy, MixturePolicy, TanhMixturePolicy, DeterministicPolicy]
 
 
 @pytest.mark.parametrize("cls", POLICIES)
@@ -125,6 +127,13 @@ def test_policies_can_do_what_they_declare(cls: type[Policy]) -> None:
         assert out.log_prob(0.5 * torch.ones(4, 2)).shape == (4,)
     if "kl" in cls.can:
         torch.testing.assert_close(out.kl(out), torch.zeros(4))
+    else:
+        assert not hasattr(out, "kl")
+    if "components" in cls.can:
+        torch.testing.assert_close(out.weights.sum(-1), torch.ones(4))
+        assert out.components.mode.shape == (4, out.num, 2)
+    else:
+        assert not hasattr(out, "components")
     if "entropy" in cls.can:
         assert bool(out.entropy().isfinite().all())
     else:

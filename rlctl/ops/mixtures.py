@@ -1,0 +1,26 @@
+"""Training the gate of a mixture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frequency_loss(weights: Tensor, best: Tensor) -> Tensor:
+    """mean over rows and components of (onehot(best) - w)^2: gate weights [..., K], index of the best component [...].
+
+    For one state its minimiser is w_k = P(k is the best one). The sum over components, which some implementations
+    take, is K times this.
+    Source: Ren et al. 2021, arXiv:2104.09122 (frequency loss).
+    """
+    onehot = best.unsqueeze(-1) == torch.arange(weights.shape[-1], device=weights.device)
+    return (onehot.to(weights.dtype) - weights).square().mean()
+
+
+def effective_components(weights: Tensor) -> Tensor:
+    """exp(entropy of the mean weight over all rows), 0-dim: 1 if one component does everything, K if all do the same.
+
+    `weights` [..., K].
+    """
+    share = weights.flatten(0, -2).mean(0)
+    return torch.special.entr(share).sum().exp()
