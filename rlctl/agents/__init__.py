@@ -43,6 +43,7 @@ ENTRIES = {
         ),
         Entry("spo", "rlctl.agents.spo:SPO", "arXiv:2401.16025", "quadratic penalty on the ratio instead of a clip"),
         Entry("fixpo", "rlctl.agents.fixpo:FixPO", "arXiv:2312.05405", "KL penalty and repair: a bound on every state"),
+        Entry("pmoe-ppo", "rlctl.agents.pmoe_ppo:PMOEPPO", "arXiv:2104.09122", "PPO on a Gaussian mixture, gated"),
         Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
         Entry("mdpo-off", "rlctl.agents.mdpo_off:MDPOOff", "arXiv:2005.09814", "mirror descent on a soft actor-critic"),
         Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),

@@ -60,6 +60,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "trpo": {"steps": 8 * 16 * 60, "log_std": -1.0, "delta": 0.03, "v_lr": 1e-2, "v_minibatch_size": 32},
     "mdpo": {"steps": 8 * 16 * 100, "log_std": -1.0, "lr": 1e-2, "v_lr": 1e-2, "v_clip": 0.0, "v_minibatch_size": 32},
     "spo": {"steps": 8 * 16 * 60, "log_std": -1.0},
+    "pmoe-ppo": {"steps": 8 * 16 * 60, "log_std": -1.0, "num_components": 3},
     "fixpo": {"steps": 8 * 16 * 60, "log_std": -1.0, "vf_coef": 0.5},
     "sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     "mdpo-off": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "kl_coef": 0.02, "anchor_every": 20},

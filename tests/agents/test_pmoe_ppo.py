@@ -1,0 +1,135 @@
+"""PMOE-PPO: PPO as its special case, the density of the ratio, who the gate learns from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from agent_helpers import batch_for, snapshot, tiny
+from torch import Tensor, nn
+
+from rlctl.agents.actor_critic import Rows, rows_of
+from rlctl.agents.pmoe_ppo import PMOEPPO
+from rlctl.agents.ppo import PPO
+from rlctl.nets import Normal, NormalMixture
+
+
+def pmoe(**overrides: Any) -> PMOEPPO:
+    agent = tiny("pmoe-ppo", **overrides)
+    assert isinstance(agent, PMOEPPO)
+    return agent
+
+
+def rows_for(agent: PMOEPPO, seed: int = 0) -> Rows:
+    c = agent.cfg
+    return rows_of(batch_for(agent, seed), agent.pi, agent.v, agent.obs_norm, agent.reward_scale, c.gamma, c.lam)
+
+
+def test_one_component_is_ppo(double: None) -> None:
+    """Acting, and three whole updates with Adam, clipped gradients and moving normalisers. Gradients of the log-std are
+    summed in another order, so equal means to 1e-11 here."""
+    ours, ppo = pmoe(num_components=1), tiny("ppo")
+    assert isinstance(ppo, PPO)
+    shared = {k: v for k, v in ppo.state_dict().items() if k != "pi.log_std"}
+    missing, unexpected = ours.load_state_dict(shared | {"pi.log_std": ppo.pi.log_std[None]}, strict=False)
+    assert not unexpected
+    assert all(k.startswith(("q.", "pi.gate.")) for k in missing)
+    for seed in range(3):
+        batch = batch_for(ppo, seed)
+        obs = batch.obs[0]
+        torch.testing.assert_close(ours.act(obs, explore=False)[0], ppo.act(obs, explore=False)[0])
+        with ours.borrowed_rng(5):
+            a = ours.act(obs, explore=True)[0]
+        with ppo.borrowed_rng(5):
+            torch.testing.assert_close(a, ppo.act(obs, explore=True)[0])
+        mine, theirs = ours.update(batch), ppo.update(batch)
+        for key in ("losses/policy", "losses/value", "policy/approx_kl", "policy/clip_fraction"):
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-9, atol=1e-11, msg=key)
+        for key, value in ppo.state_dict().items():
+            mine_too = ours.state_dict()[key].reshape(value.shape)
+            torch.testing.assert_close(mine_too, value, rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_the_ratio_is_that_of_the_mixture_and_starts_at_one(double: None) -> None:
+    agent = pmoe(normalize_obs=False, normalize_reward=False)
+    rows = rows_for(agent)
+    pi = agent.pi(rows.obs)
+    parts = pi.log_weights + pi.components.log_prob(rows.action.unsqueeze(-2))
+    torch.testing.assert_close(rows.logp_old, parts.exp().sum(-1).log().detach(), rtol=1e-10, atol=1e-12)
+    ratio = (pi.log_prob(rows.action) - rows.logp_old).exp()
+    assert torch.equal(ratio, torch.ones_like(ratio))
+    loss = agent.policy_loss(ratio, rows.adv)
+    gate = torch.autograd.grad(loss, list(agent.pi.gate.parameters()), retain_graph=True)
+    assert all(float(g.abs().max()) > 0 for g in gate)  # PPO's own gradient reaches the gate
+
+
+def test_many_dimensions_do_not_underflow() -> None:
+    agent = pmoe()
+    far = Normal(torch.full((1, 5, 40), 30.0), torch.zeros(5, 40))
+    pi = NormalMixture(torch.zeros(1, 5), far)
+    assert bool(pi.log_prob(torch.zeros(1, 40)).isfinite().all())
+    assert agent.cfg.num_components == 5
+
+
+class Prefers(nn.Module):
+    """Q(s, a) = -(a_0 - target)^2, as an ensemble of one."""
+
+    def __init__(self, target: float) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return -(action[..., 0] - self.target).square()[None]
+
+
+def test_the_best_component_is_the_one_whose_draw_has_the_largest_q(double: None) -> None:
+    agent = pmoe(num_components=3)
+    agent.q = Prefers(0.4)  # type: ignore[assignment]
+    mean = torch.tensor([[-0.5, 0.0], [0.3, 0.0], [0.9, 0.0]]).expand(6, 3, 2)
+    pi = NormalMixture(torch.zeros(6, 3), Normal(mean, torch.zeros(3, 2)))
+    obs = torch.zeros(6, 3)
+    assert agent.best_component(pi, obs, torch.zeros(6, 3, 2)).tolist() == [1] * 6
+    noise = torch.zeros(6, 3, 2)
+    noise[2, 0, 0] = 0.9  # the draw decides, not the mean
+    assert agent.best_component(pi, obs, noise).tolist() == [1, 1, 0, 1, 1, 1]
+    noise[3, 2, 0], agent.q = 50.0, Prefers(1.0)  # type: ignore[assignment]
+    assert agent.best_component(pi, obs, noise)[3] == 2  # seen as the environment sees it, clipped to 1
+
+
+def test_the_frequency_loss_trains_the_gate_alone(double: None) -> None:
+    agent = pmoe(freq_coef=1.0)
+    rows = rows_for(agent)
+    still = rows._replace(adv=torch.zeros_like(rows.adv), ret=agent.v(rows.obs).detach())
+    agent.cfg = agent.cfg.__class__(**(vars(agent.cfg) | {"vf_coef": 0.0}))
+    loss, _ = agent.loss(still)
+    grads = torch.autograd.grad(loss, list(agent.pi.parameters()), allow_unused=True)
+    named = {n: g for (n, _), g in zip(agent.pi.named_parameters(), grads, strict=True)}
+    for name, g in named.items():
+        size = 0.0 if g is None else float(g.abs().max())
+        assert (size > 1e-6) == name.startswith("gate"), name
+
+
+def test_q_learns_the_value_targets_and_no_policy_gradient_reaches_it(double: None) -> None:
+    agent = pmoe()
+    rows = rows_for(agent)
+    assert float(agent.q_loss(rows).detach()) == pytest.approx(
+        float((agent.q(rows.obs, rows.action.clamp(-1, 1))[0] - rows.ret).square().mean().detach()), rel=1e-12
+    )
+    loss, _ = agent.loss(rows)
+    assert all(g is None for g in torch.autograd.grad(loss, list(agent.q.parameters()), allow_unused=True))
+
+
+def test_utilisation_is_logged() -> None:
+    agent = pmoe(num_components=3)
+    metrics = agent.update(batch_for(agent))
+    weights = [float(metrics[f"mixture/weight_{k}"]) for k in range(3)]
+    assert sum(weights) == pytest.approx(1, abs=1e-6)
+    assert 1 <= float(metrics["mixture/effective_components"]) <= 3 + 1e-5
+
+
+def test_every_component_moves(double: None) -> None:
+    agent = pmoe(num_components=3)
+    before = snapshot(agent.pi)
+    agent.update(batch_for(agent))
+    assert bool((agent.pi.log_std != before["log_std"]).all())
