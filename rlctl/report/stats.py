@@ -1,8 +1,8 @@
 """Statistics of scores: point estimates, intervals, comparisons. Pure functions of numpy arrays.
 
-A `Scores` array is `[runs, tasks]`, one row per seed; a NaN marks a run that is missing (a run that diverged is not
-missing: it counts with its score). The unit of chance is the seed: episodes of one seed are never pooled as if they were
-independent runs. Every function that draws takes an explicit `numpy.random.Generator`.
+Scores are arrays `[runs, tasks]`, one row per seed, without holes: a seed that is missing somewhere is left out. A run
+that diverged is not missing, it counts with its score. The unit of chance is the seed: episodes of one seed are never
+pooled as if they were independent runs. Every function that draws takes an explicit `numpy.random.Generator`.
 
 Source: Agarwal et al. 2021, arXiv:2108.13264 (IQM, optimality gap, stratified bootstrap, performance profiles,
 probability of improvement); Kurenkov and Kolesnikov 2022, arXiv:2110.04156 (expected online performance).
