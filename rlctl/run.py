@@ -19,7 +19,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -196,6 +196,7 @@ class Run:
         make_eval_env: EnvFactory | None = None,
         display: Display | None = None,
         score: Callable[[float], float | None] = lambda _: None,
+        labels: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -205,6 +206,8 @@ class Run:
         self.display = display or Display(quiet=True)
         self.score = score
         """Raw return to normalised score, or None where no reference is known."""
+        self.labels = dict(labels or {})
+        """Goes into every row of eval.jsonl: which dataset a score belongs to."""
         self.env_steps = 0
         self.updates = 0
         self.progress = 0
@@ -380,6 +383,7 @@ class Run:
                 "deterministic": True,
                 "best_eval_mean": self.best if math.isfinite(self.best) else None,
                 "eval_episodes_used_total": self.eval_episodes_used,
+                **self.labels,
             }
         self.display.stop()
         return result
@@ -500,6 +504,7 @@ class Run:
                         "length": length,
                         "deterministic": not stochastic,
                         "final": final,
+                        **self.labels,
                     },
                 )
             if not final:
