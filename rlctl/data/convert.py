@@ -143,8 +143,8 @@ def _restore(source: str, id: str, storage: str, spec: Any, author: str | None) 
 
     episodes = [
         EpisodeBuffer(
-            observations=e.observations,
-            actions=e.actions,
+            observations=_typed(e.observations, theirs.spec.observation_space),
+            actions=_typed(e.actions, theirs.spec.action_space),
             rewards=e.rewards,
             terminations=e.terminations,
             truncations=e.truncations,
@@ -164,3 +164,10 @@ def _restore(source: str, id: str, storage: str, spec: Any, author: str | None) 
         metadata={k: meta[k] for k in keep if k in meta} | people | ({"author": author} if author else {}),
         ref_scores=None if low is None or high is None else (low, high),
     )
+
+
+def _typed(values: Any, space: Any) -> Any:
+    """Arrays in the type their space declares: Arrow refuses others, HDF5 keeps whatever was recorded."""
+    if isinstance(values, dict):
+        return {k: _typed(x, space[k]) for k, x in values.items()}
+    return values.astype(space.dtype, copy=False) if isinstance(values, np.ndarray) else values
