@@ -19,21 +19,19 @@ one, clipped to [-1, 1].
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
-from typing import Any
 
 import gymnasium
-import minari
 import mujoco
 import numpy as np
 import torch
-from minari.data_collector import EpisodeBuffer
 from torch import Tensor
 
 import rlctl_envs
+from rlctl.data.collect import roll_out
 from rlctl.data.dataset import load_dataset
 from rlctl.data.reference import normalized_score
+from rlctl.data.write import check_new_id, spaces_of, to_buffer, write_minari
 from rlctl.seeding import derive, generator
 
 LAYERS = ("W0", "b0", "W1", "b1", "W2", "b2", "obs_mean", "obs_std", "log_std")
@@ -59,40 +57,6 @@ def draw(p: dict[str, Tensor], obs: Tensor, rng: torch.Generator) -> Tensor:
     return (mean + p["log_std"].exp() * torch.randn(mean.shape, generator=rng)).clamp(-1, 1)
 
 
-def roll_out(
-    env: Any, policy: dict[str, Tensor], steps: int, rng: torch.Generator, label: float
-) -> list[EpisodeBuffer]:
-    """Whole episodes of one policy: those begun in the first `steps` transitions, by the order of their ends."""
-    n = env.num_envs
-    obs, _ = env.reset()
-    running: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(n)]
-    wanted = np.ones(n, bool)  # the episode now running began within the budget
-    done_steps, episodes = 0, []
-    while wanted.any():
-        action = draw(policy, obs, rng)
-        following, reward, terminated, truncated, info = env.step(action)
-        done_steps += n
-        row = [x.numpy() for x in (obs, action, reward, terminated, truncated)]
-        for i in np.flatnonzero(wanted):
-            running[i].append(tuple(x[i] for x in row))
-        for i in np.flatnonzero(info["_final_obs"].numpy() & wanted):
-            o, a, r, term, trunc = (np.stack(x) for x in zip(*running[i], strict=True))
-            episodes.append(
-                EpisodeBuffer(
-                    observations=np.concatenate([o, info["next_obs"][i : i + 1].numpy()]),
-                    actions=a,
-                    rewards=r,
-                    terminations=term,
-                    truncations=trunc,
-                    infos={"snapshot": np.full(len(o) + 1, label, np.float32)},
-                )
-            )
-            running[i] = []
-            wanted[i] = done_steps < steps
-        obs = following
-    return episodes
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ladder", type=Path, required=True, help="the .npz of snapshots")
@@ -106,43 +70,46 @@ def main() -> None:
     parser.add_argument("--algorithm", default="TRPO", help="what trained the ladder")
     parser.add_argument("--author", default="The rlctl authors")
     args = parser.parse_args()
+    check_new_id(args.id)
 
     with np.load(args.ladder, allow_pickle=False) as file:
         ladder = {k: file[k] for k in (*LAYERS, "logged_ret") if k in file}
     spec = gymnasium.spec(rlctl_envs.canonical(args.env))
     rungs = ", ".join(f"{k:g}" for k in args.snapshots)
     rng = generator(args.seed, "action")
-    episodes: list[EpisodeBuffer] = []
+    episodes = []
     for k, index in enumerate(args.snapshots):
         env = rlctl_envs.make(args.env, num_envs=args.num_envs, seed=derive(args.seed, f"env{k}"), physics=args.physics)
-        played = roll_out(env, snapshot(ladder, index), args.steps // len(args.snapshots), rng, index)
+        policy = snapshot(ladder, index)
+        played = list(roll_out(env, lambda obs, p=policy: draw(p, obs, rng), args.steps // len(args.snapshots)))
+        spaces = spaces_of(env)
         env.close()
-        returns = np.array([float(np.sum(e.rewards, dtype=np.float64)) for e in played])
+        returns = np.array([float(np.sum(e.reward, dtype=np.float64)) for e in played])
         line = f"snapshot {index:g}: {len(played)} episodes, return {returns.mean():.1f} ± {returns.std():.1f}"
         if "logged_ret" in ladder and index % 1 == 0:
             line += f", its authors logged {ladder['logged_ret'][int(index)]:.1f}"
         print(line)
-        episodes += played
+        label = [np.full((len(e.obs), 1), index, np.float32) for e in played]
+        episodes += [to_buffer(e, spaces[1], {"snapshot": x}) for e, x in zip(played, label, strict=True)]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Minari asks for an e-mail address and a permalink
-        minari.create_dataset_from_buffers(
-            args.id,
-            episodes,
-            env=spec,
-            observation_space=env.single_observation_space,
-            action_space=env.single_action_space,
-            algorithm_name=args.algorithm,
-            author=args.author,
-            description=(
+    write_minari(
+        args.id,
+        episodes,
+        env=spec,
+        spaces=spaces,
+        storage="hdf5",
+        metadata={
+            "algorithm_name": args.algorithm,
+            "author": args.author,
+            "description": (
                 f"Stochastic {args.algorithm} policies, snapshots {rungs} of a ladder of {len(ladder['log_std'])} "
                 f"(a fraction mixes the weights of two neighbours), on {spec.id}, '{args.physics}' physics, MuJoCo "
                 f"{mujoco.__version__}; seed {args.seed}, {args.num_envs} environments. Whole episodes only. "
                 "Actions are those executed, clipped to [-1, 1]. Observations and rewards are float32."
             ),
-            requirements=[f"mujoco=={mujoco.__version__}", f"gymnasium=={gymnasium.__version__}"],
-            data_format="hdf5",
-        )
+            "requirements": [f"mujoco=={mujoco.__version__}", f"gymnasium=={gymnasium.__version__}"],
+        },
+    )
     data = load_dataset(args.id)
     stats = data.stats()
     score = normalized_score(spec.id, stats.return_mean)

@@ -16,7 +16,8 @@ import yaml
 import rlctl_envs
 from rlctl import agents, checkpoint
 from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
-from rlctl.data.reference import normalized_score
+from rlctl.data.reference import dataset_labels, normalized_score
+from rlctl.data.reward import RewardTransform
 from rlctl.display import Display
 from rlctl.errors import Interrupted, UsageError
 from rlctl.evaluate import Evaluation
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from rlctl.data.dataset import Dataset
     from rlctl_envs import VecEnv
 
-KEYS = ("algo", "env", "data", "seed", "device", "env_options", "agent", "run")
-SECTIONS, NAMES = ("env_options", "agent", "run"), ("algo", "env", "data", "device")
+KEYS = ("algo", "env", "data", "seed", "device", "env_options", "data_options", "agent", "run")
+SECTIONS, NAMES = ("env_options", "data_options", "agent", "run"), ("algo", "env", "data", "device")
+DATA_OPTIONS = {"view", "episode_len", "obs_keys"}
+"""Keys of the section data_options; what they mean is told by `rlctl.data.dataset.load_dataset`."""
 SCHEMA = 1
 WORTH_SHARING = 8_000_000
 """Multiply-adds of an update's largest product from which a second thread shortens it."""
@@ -51,6 +54,8 @@ class Settings:
     """The agent's config dataclass."""
     run: RunConfig
     env_options: dict[str, Any] = field(default_factory=dict)
+    data_options: dict[str, Any] = field(default_factory=dict)
+    """How the dataset is read: view, episode_len, obs_keys."""
 
     @property
     def cls(self) -> type[Agent]:
@@ -66,6 +71,7 @@ class Settings:
             "seed": self.seed,
             "device": self.device,
             "env_options": self.env_options,
+            **({"data_options": self.data_options} if self.data_options else {}),
             "agent": as_plain(self.agent),
             "run": as_plain(self.run),
         }
@@ -95,6 +101,10 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     if top.get("data") and "data" not in cls.sources() | cls.accepts:
         raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
     values = merge(packaged(algo, env), top)
+    data_options = dict(values.get("data_options", {}))
+    for key in data_options:
+        if key not in DATA_OPTIONS:
+            raise UsageError(unknown_key(key, DATA_OPTIONS, "the section data_options"))
     return Settings(
         algo=algo,
         env=env,
@@ -104,6 +114,7 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
         agent=build(cls.Config, values.get("agent", {}), f"the config of {algo}"),
         run=build(RunConfig, values.get("run", {}), "the section run"),
         env_options=dict(values.get("env_options", {})),
+        data_options=data_options,
     )
 
 
@@ -223,13 +234,14 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
     started = refused = False
     try:
         device, why = pick_device(settings.device)
-        env, data, env_id, spec = _sources(settings, device)
+        found = _sources(settings, device)
+        env, data, env_id, spec = found.env, found.data, found.env_id, found.spec
         cfg = settings.agent
-        options = settings.env_options
 
         def eval_env(num_envs: int, seed: int) -> VecEnv:
             assert env_id is not None
-            return rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=settings.run.threads, **options)
+            threads = settings.run.threads
+            return rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=threads, **found.env_options)
 
         run = Run(  # first of all, for it takes the lock: nothing below may touch a run that is somebody else's
             folder,
@@ -238,17 +250,25 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             make_eval_env=eval_env if env_id is not None else None,
             display=display,
             score=lambda ret: normalized_score(env_id, ret) if env_id and settings.data else None,
+            labels=dataset_labels(data.id, data.origin.format) if data is not None else {},
             resume=resume,
         )
         checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
         _record(
             folder,
             settings,
-            {"status": "running", "error": None, "spec": _dims(spec), "eval_env": env_id},
+            {
+                "status": "running",
+                "error": None,
+                "spec": _dims(spec),
+                "eval_env": env_id,
+                "eval_env_options": found.env_options,
+                "dataset": None if data is None else data.record(),
+            },
             begin=not resume,
         )
         agent = agents.make(settings.cls, spec, cfg)
-        _announce(display, settings, folder, device, why, env_id, agent)
+        _announce(display, settings, folder, device, why, found, agent)
         job = Job(agent, env, data, run, cfg, settings.seed)
         schedule = settings.cls.schedule or SCHEDULES[settings.cls.regime]
         with run.stop_on_signals():
@@ -260,9 +280,9 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 if non_finite(agent) or isinstance(e, rlctl_envs.NonFiniteAction):
                     raise run.diverged(agent) from e
                 raise
-        _record(
-            folder, settings, {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}
-        )
+        done = {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}
+        transforms = {n: m.describe() for n, m in agent.named_modules() if isinstance(m, RewardTransform)}
+        _record(folder, settings, done | ({"reward_transform": transforms} if transforms else {}))
         return folder, result
     except Interrupted as e:
         _record(folder, settings, {"status": "preempted", "error": str(e)})
@@ -284,24 +304,51 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sources(s: Settings, device: torch.device) -> tuple[VecEnv | None, Dataset | None, str | None, Spec]:
-    """The environment to train in, the dataset, the id of the environment to evaluate in, and the agent's spec."""
+@dataclass(frozen=True)
+class _Sources:
+    """What a run learns from and is evaluated in."""
+
+    env: VecEnv | None
+    data: Dataset | None
+    env_id: str | None
+    """Environment of the evaluations, None where there can be none."""
+    env_options: dict[str, Any]
+    spec: Spec
+    no_evaluation: str = ""
+    """Why there is none."""
+
+
+def _sources(s: Settings, device: torch.device) -> _Sources:
+    """The environment to train in, the dataset, the environment to evaluate in, and the agent's spec.
+
+    A dataset names the environment it was recorded in; that it is not installed is no obstacle to learning from it.
+    """
     env: VecEnv | None = None
     data: Dataset | None = None
+    no_evaluation = "the dataset does not name its environment; give one with --env"
     if s.data is not None:
         from rlctl.data.dataset import load_dataset
 
-        data = load_dataset(s.data, device=device, seed=s.seed)
-    env_id = s.env or (data.env_id if data is not None else None)
+        data = load_dataset(s.data, device=device, seed=s.seed, **s.data_options)
+    env_id, options = s.env, dict(s.env_options)
+    if env_id is None and data is not None and data.env_id is not None:
+        env_id, options = data.env_id, data.origin.env_options | options
     trains = "env" in s.cls.sources()
+    num_envs = s.agent.num_envs if trains else 1
     if env_id is not None:
         seed = derive(s.seed, "env", 31)
-        num_envs = s.agent.num_envs if trains else 1
-        env = rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=s.run.threads, **s.env_options)
+        try:
+            env = rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=s.run.threads, **options)
+        except ValueError as e:
+            if s.env is not None or s.env_options:
+                raise
+            no_evaluation = f"the environment of the dataset cannot be made here ({e}); give one with --env"
+            env_id = None
+    if env is not None:
         spec = Spec(env.obs_dim, env.act_dim, num_envs, device, env.episode_len, s.seed)
     else:
         assert data is not None
-        spec = Spec(*data.spec_dims, 1, device, 1000, s.seed)
+        spec = Spec(*data.spec_dims, 1, device, data.origin.episode_len or 1000, s.seed)
     if data is not None and data.spec_dims != (spec.obs_dim, spec.act_dim):
         raise UsageError(
             f"{s.data} has observations of {data.spec_dims[0]} and actions of {data.spec_dims[1]} dimensions, "
@@ -310,11 +357,11 @@ def _sources(s: Settings, device: torch.device) -> tuple[VecEnv | None, Dataset 
     if env is not None and not trains:
         env.close()
         env = None
-    return env, data, env_id, spec
+    return _Sources(env, data, env_id, options, spec, no_evaluation)
 
 
 def _announce(
-    display: Display, s: Settings, folder: Path, device: torch.device, why: str, env_id: str | None, agent: Agent
+    display: Display, s: Settings, folder: Path, device: torch.device, why: str, found: _Sources, agent: Agent
 ) -> None:
     parameters = sum(p.numel() for p in agent.parameters())
     source = " and ".join(x for x in (s.env, s.data) if x)
@@ -325,8 +372,11 @@ def _announce(
 
         held = min(s.agent.buffer_size, s.agent.steps)
         display.say(f"replay buffer: {held:,} transitions, up to {planned_bytes(agent.spec, held) / 2**20:,.0f} MiB")
-    if env_id is None:
-        display.say("no evaluation: the dataset does not name its environment; give one with --env")
+    if found.data is not None:
+        box = found.data.origin.action_box
+        display.say(f"{found.data}, view {found.data.view}" + ("" if box is None else ", actions mapped to [-1, 1]"))
+    if found.env_id is None:
+        display.say(f"no evaluation: {found.no_evaluation}")
 
 
 def _dims(spec: Spec) -> dict[str, int]:

@@ -19,7 +19,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -197,6 +197,7 @@ class Run:
         make_eval_env: EnvFactory | None = None,
         display: Display | None = None,
         score: Callable[[float], float | None] = lambda _: None,
+        labels: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -206,6 +207,8 @@ class Run:
         self.display = display or Display(quiet=True)
         self.score = score
         """Raw return to normalised score, or None where no reference is known."""
+        self.labels = dict(labels or {})
+        """Goes into every row of eval.jsonl: which dataset a score belongs to."""
         self.env_steps = 0
         self.updates = 0
         self.progress = 0
@@ -381,6 +384,7 @@ class Run:
                 "deterministic": True,
                 "best_eval_mean": self.best if math.isfinite(self.best) else None,
                 "eval_episodes_used_total": self.eval_episodes_used,
+                **self.labels,
             }
         self.display.stop()
         return result
@@ -501,6 +505,7 @@ class Run:
                         "length": length,
                         "deterministic": not stochastic,
                         "final": final,
+                        **self.labels,
                     },
                 )
             if not final:

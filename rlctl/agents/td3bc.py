@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlctl.agents.td3 import TD3
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardName, RewardTransform
 from rlctl.nets.normalizer import FixedNorm
-from rlctl.train import Dataset, OfflineConfig
+from rlctl.train import OfflineConfig
 from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
@@ -43,6 +45,8 @@ class TD3BCConfig(OfflineConfig):
     """Weight of the value term against cloning, after normalising Q by its mean magnitude; 0 is pure cloning."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
+    reward: RewardName = "none"
+    """Reward transform: none, return-range, standardise, or a formula like 10r-5 (see docs/data.md)."""
 
 
 class TD3BC(TD3):
@@ -55,9 +59,11 @@ class TD3BC(TD3):
     def __init__(self, spec: Spec, cfg: TD3BCConfig | None = None) -> None:
         super().__init__(spec, cfg)  # type: ignore[arg-type]
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(self.cfg.reward)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -73,5 +79,6 @@ class TD3BC(TD3):
         return -lam * q.mean() + (action - b.action).square().mean()
 
     def update(self, b: Batch) -> Metrics:
-        """TD3's update on z-scored observations."""
-        return super().update(b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs)))
+        """TD3's update on z-scored observations and transformed rewards."""
+        obs, next_obs = self.obs_norm(b.obs), self.obs_norm(b.next_obs)
+        return super().update(b._replace(obs=obs, next_obs=next_obs, reward=self.reward(b.reward)))

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, config, doctor, envs, evaluate, resume, train
+from rlctl.cli import algos, config, data, doctor, envs, evaluate, resume, train
 from rlctl.errors import RlctlError
 
 
@@ -48,6 +48,7 @@ app.command("algos")(algos.algos)
 app.command("envs")(envs.envs)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
+app.add_typer(data.app)
 
 
 def main() -> None:

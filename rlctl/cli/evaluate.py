@@ -27,14 +27,17 @@ def evaluate(
     from rlctl.evaluate import evaluate as run_episodes
 
     agent, settings = experiment.load_agent(run_dir, "best" if best else "latest")
-    env_id = settings.env or experiment.read_json(run_dir / "run.json").get("eval_env")
+    record = experiment.read_json(run_dir / "run.json")
+    env_id = settings.env or record.get("eval_env")
+    options = record.get("eval_env_options") or settings.env_options
     if env_id is None:
         raise UsageError(f"{run_dir} does not name an environment to evaluate in")
-    env = rlctl_envs.make(env_id, min(episodes, 100), seed=seed, device=agent.spec.device, **settings.env_options)
+    env = rlctl_envs.make(env_id, min(episodes, 100), seed=seed, device=agent.spec.device, **options)
     result = run_episodes(agent, env, episodes, seed=seed, stochastic=stochastic)
     env.close()
     assert result is not None
     score = normalized_score(env_id, result.mean) if settings.data else None
+    dataset = record.get("dataset") or {}
     if json_:
         print_json(
             {
@@ -48,12 +51,14 @@ def evaluate(
                 "return_mean": result.mean,
                 "return_std": result.std,
                 "normalized_score": score,
+                **{k: dataset[k] for k in ("dataset", "dataset_version", "benchmark") if k in dataset},
                 "returns": result.returns,
                 "lengths": result.lengths,
             }
         )
         return
     kind = "sampled" if stochastic else "deterministic"
+    trained_on = f"; trained on {dataset['dataset']}" if dataset else ""
     normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
     print(f"{settings.algo} on {env_id}: {result.mean:.1f} ± {result.std:.1f} over {episodes} episodes", end=" ")
-    print(f"({kind} actions{normalized}; mean length {sum(result.lengths) / len(result.lengths):.0f})")
+    print(f"({kind} actions{normalized}; mean length {sum(result.lengths) / len(result.lengths):.0f}{trained_on})")

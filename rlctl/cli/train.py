@@ -15,12 +15,17 @@ Env = Annotated[
     str | None, typer.Option(help="Task: Hopper (means Hopper-v5), any Gymnasium id, or probe:NAME. See `rlctl envs`.")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Dataset of an offline learner: a local Minari id, or the path of an .hdf5 file.")
+    str | None,
+    typer.Option(
+        help="Dataset of an offline learner: a local Minari id, a D4RL id, or the path of an .hdf5 or .npz file."
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a setting, e.g. lr=1e-3, run.keep=5, env_options.physics=native."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, e.g. lr=1e-3, run.keep=5, data_options.view=d4rl_compat.",
     ),
 ]
 

@@ -1,22 +1,27 @@
 """A dataset: a full, device-resident table of transitions, with statistics.
 
-`load_dataset` reads a Minari dataset or a D4RL-style HDF5 file once (see `rlctl.data.readers` for the rules of each);
-from then on nothing leaves the device. Rows are raw: no normalisation, no reward scaling.
+`load_dataset` reads a Minari dataset, a D4RL-style HDF5 file or an .npz once (the rules of each are in
+`rlctl.data.minari_files` and `rlctl.data.flat_files`); from then on nothing leaves the device. Rows are raw: no
+normalisation, no reward scaling.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlctl.data import readers
-from rlctl.data.readers import DatasetError
+from rlctl.data import arrays, columns, d4rl, flat_files, minari_files
+from rlctl.data.arrays import DatasetError, Findings, Origin, Table, View
+from rlctl.data.reference import dataset_labels
+from rlctl.data.reward import RewardTransform
 from rlctl.seeding import generator
 from rlctl.types import Batch
 
@@ -55,6 +60,8 @@ class Dataset:
         returns: Tensor | None = None,
         action_box: tuple[Tensor, Tensor] | None = None,
         seed: int = 0,
+        view: View = "exact",
+        origin: Origin | None = None,
     ) -> None:
         """Hold `rows` ([M, ...], float32 and bool, all on one device), cut at `episode_ends` ([E] int64).
 
@@ -75,6 +82,10 @@ class Dataset:
         """[E] int64, one past the last row of each episode."""
         self.action_box = action_box
         """Low and high [A] that the stored actions were mapped to [-1, 1] from; None: they are as stored."""
+        self.view: View = view
+        """Which pairs it holds, see `rlctl.data.arrays`."""
+        self.origin = origin or Origin(id, "memory", env_id)
+        """Where it comes from: format, the task's options, metadata."""
         self.rng = generator(seed, "dataset", self.device)
         self._returns = None if returns is None else returns.to(self.device, torch.float64)
 
@@ -98,6 +109,36 @@ class Dataset:
         """All transitions, `[M, ...]`, in order of recording (the storage itself)."""
         return self.rows
 
+    def require(
+        self,
+        *names: str,
+        gamma: float | None = None,
+        reward: RewardTransform | None = None,
+        extend_truncated: bool = False,
+    ) -> Dataset:
+        """Add columns to `extra` of every batch, and return self; one that is there already is computed anew.
+
+        `names` are of `rlctl.data.columns`: `timestep`, `next_action` (brings `has_next_action`), `episode_return`,
+        `mc_return`. `mc_return` needs `gamma`, and takes the same `reward` transform the learner's critic sees;
+        `extend_truncated` lets an episode that was cut go on for ever with its last reward. An agent calls this in its
+        `prepare`. ValueError for an unknown name or a missing `gamma`.
+        """
+        added = columns.compute(
+            names, self.rows, self.episode_ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated
+        )
+        self.rows = self.rows._replace(extra={**self.rows.extra, **added})
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down about its data: id, version, benchmark, format, view, size, fingerprint."""
+        return dataset_labels(self.id, self.origin.format) | {
+            "format": self.origin.format,
+            "view": self.view,
+            "transitions": len(self),
+            "episodes": len(self.episode_ends),
+            "sha256": self.sha256,
+        }
+
     @property
     def boundary(self) -> Tensor:
         """[M] bool: the last row of an episode."""
@@ -118,7 +159,7 @@ class Dataset:
 
     @cached_property
     def _stats(self) -> Stats:
-        returns, blocks, m = self.episode_returns(), torch.split(self.rows.obs, readers.BLOCK), len(self)
+        returns, blocks, m = self.episode_returns(), torch.split(self.rows.obs, arrays.BLOCK), len(self)
         mean = torch.stack([x.double().sum(0) for x in blocks]).sum(0) / m
         var = torch.stack([(x.double() - mean).square().sum(0) for x in blocks]).sum(0) / m
         return Stats(
@@ -136,7 +177,8 @@ class Dataset:
     def sha256(self) -> str:
         """Fingerprint of the transitions and episode ends as held; the same whatever file or folder they came from."""
         digest = hashlib.sha256()
-        for name, x in (self.rows.tensors() | {"episode_ends": self.episode_ends}).items():
+        core = self.rows._replace(extra={})  # what was derived from the rows says nothing more about them
+        for name, x in (core.tensors() | {"episode_ends": self.episode_ends}).items():
             digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
             digest.update(x.cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -163,34 +205,70 @@ class Dataset:
 
 
 def load_dataset(
-    source: str, *, device: torch.device | str = "cpu", seed: int = 0, episode_len: int | None = None
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    view: View = "exact",
+    episode_len: int | None = None,
+    obs_keys: Sequence[str] | None = None,
 ) -> Dataset:
     """Read a dataset once and keep it on `device`.
 
     `source` is one of
     - a Minari id (`mujoco/hopper/medium-v0`), looked up in MINARI_DATASETS_PATH or ~/.minari/datasets;
     - the path of a Minari dataset's folder;
-    - the path of a D4RL-style file ending in .hdf5 or .h5.
+    - the path of a D4RL-style file ending in .hdf5 or .h5, or of an .npz with the same arrays;
+    - a D4RL id (`hopper-medium-v2`) whose file is in D4RL_DATASET_DIR or ~/.d4rl/datasets.
 
     An id wins over a path of the same name. Nothing is downloaded and no environment is built. `seed` is the root of
-    the sampling generator. `episode_len` (steps) serves only a D4RL-style file that has neither `timeouts` nor
-    `next_observations`. Raises DatasetError, a ValueError of one line: nothing found (names the nearest), a damaged
-    file, missing keys, unequal lengths, numbers that are not finite, spaces that are not vectors, no h5py.
+    the sampling generator. `view` is `exact` or `d4rl_compat`, see `rlctl.data.arrays`. `episode_len` (steps) serves
+    only a flat file from which it cannot be told where an episode was cut. `obs_keys` picks parts of a Dict
+    observation. Raises DatasetError, a ValueError of one line: nothing found (names the nearest), a damaged file,
+    missing keys, unequal lengths, numbers that are not finite, spaces that are not vectors, no h5py or pyarrow.
     """
-    if source.endswith(readers.SUFFIXES) and Path(source).name != "main_data.hdf5":
-        path = readers.find_hdf5(source)
-        table, name = readers.read_d4rl(path, episode_len), path.stem
-    else:
-        data = readers.find_minari(source.removesuffix("/main_data.hdf5"))
-        table, name = readers.read_minari(data), readers.minari_id(data)
+    table, origin = read(source, view=view, episode_len=episode_len, obs_keys=obs_keys)
     obs, action, reward, next_obs, terminated, truncated = (torch.from_numpy(x).to(device) for x in table[:6])
-    box = table.action_box
+    box = origin.action_box
     return Dataset(
         Batch(obs, action, reward, next_obs, terminated, truncated),
         torch.from_numpy(table.ends),
-        id=name,
-        env_id=table.env_id,
+        id=origin.id,
+        env_id=origin.env_id,
         returns=torch.from_numpy(table.returns),
         action_box=None if box is None else (torch.from_numpy(box[0]), torch.from_numpy(box[1])),
         seed=seed,
+        view=view,
+        origin=origin,
     )
+
+
+def read(
+    source: str,
+    *,
+    view: View = "exact",
+    episode_len: int | None = None,
+    obs_keys: Sequence[str] | None = None,
+    found: Findings | None = None,
+) -> tuple[Table, Origin]:
+    """The arrays of a dataset, in host memory; parameters as of `load_dataset`.
+
+    With `found`, what can be passed over (a damaged episode, a NaN) is noted there instead of raised.
+    """
+    arrays.check_view(view)
+    if is_flat(source):
+        if obs_keys is not None:
+            raise DatasetError(f"{source} holds flat observations: leave obs_keys out")
+        return flat_files.read_flat(flat_files.find_file(source), view, episode_len, found)
+    if source in d4rl.catalogue() and source not in minari_files.local_ids(minari_files.minari_root()):
+        file = d4rl.local_file(source)
+        if file is None:
+            raise DatasetError(f"no file of '{source}' in {d4rl.d4rl_root()}: rlctl data download {source}")
+        return flat_files.read_flat(file, view, episode_len, found)
+    data = minari_files.find_minari(source.removesuffix("/main_data.hdf5"))
+    return minari_files.read_minari(data, view, obs_keys, found)
+
+
+def is_flat(source: str) -> bool:
+    """Whether `source` names a file of flat arrays rather than a Minari dataset."""
+    return source.endswith(flat_files.SUFFIXES) and Path(source).name != "main_data.hdf5"

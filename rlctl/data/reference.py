@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from typing import Any, Literal, get_args
+
+from rlctl.data.d4rl import d4rl_id
 
 _ALIASES = {
     "adroithandpen": "pen",
@@ -56,3 +60,44 @@ def normalized_score(name: str, ret: float) -> float | None:
         return None
     low, high = reference_scores()[task]
     return 100.0 * (ret - low) / (high - low)
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+Benchmark = Literal["D4RL", "Minari", "own"]
+"""Scores of different benchmarks never share a column: D4RL's own files; Minari datasets, those recorded anew under
+D4RL's names included; anything else."""
+
+
+def dataset_labels(id: str, format: str) -> dict[str, Any]:
+    """What every row about a dataset carries: its id, its version (None: the id has none) and its benchmark.
+
+    `format` as in `rlctl.data.arrays.Origin`. A D4RL file is known by its name; under Minari's format it is Minari's.
+    """
+    benchmark: Benchmark = "own"
+    if format.startswith("minari"):
+        benchmark = "Minari"
+    elif format == "d4rl-hdf5" and (name := d4rl_id(id)) is not None:
+        id, benchmark = name, "D4RL"
+    version = re.search(r"-v(\d+)$", id)
+    return {"dataset": id, "dataset_version": int(version[1]) if version else None, "benchmark": benchmark}
+
+
+def score_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a table of normalised scores, with a column for every benchmark.
+
+    A row holds what `dataset_labels` gives, `normalized_score` (None: unknown) and the columns named by `keys`, which
+    come first. ValueError for a row without dataset, version or benchmark: such a score means nothing.
+    """
+    for row in rows:
+        missing = [k for k in ("dataset", "dataset_version", "benchmark", "normalized_score") if k not in row]
+        if missing:
+            raise ValueError(f"a score needs its dataset, version and benchmark; this row lacks {', '.join(missing)}")
+    benchmarks = [b for b in get_args(Benchmark) if any(row["benchmark"] == b for row in rows)]
+    header = [*keys, "dataset", "version", *(f"score ({b})" for b in benchmarks)]
+    cells = []
+    for row in rows:
+        score = "" if row["normalized_score"] is None else f"{row['normalized_score']:.1f}"
+        version = "" if row["dataset_version"] is None else str(row["dataset_version"])
+        found = [score if row["benchmark"] == b else "" for b in benchmarks]
+        cells.append([*(str(row[k]) for k in keys), str(row["dataset"]), version, *found])
+    return header, cells

@@ -22,16 +22,19 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_minari(root: Path) -> Write:
-    def write(name: str, episodes: list[Episode], env: str | None = None, **spaces: gym.Space[Any]) -> Path:
+    def write(
+        name: str, episodes: list[Episode], env: str | None = None, storage: str = "hdf5", **spaces: gym.Space[Any]
+    ) -> Path:
+        obs_type: Any = np.float64 if storage == "hdf5" else np.float32  # Arrow insists on the type of the space
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             minari.create_dataset_from_buffers(
                 name,
                 [EpisodeBuffer(**e) for e in episodes],
                 env=None if env is None else gym.spec(env),
-                observation_space=spaces.get("observation", gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float64)),
+                observation_space=spaces.get("observation", gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), obs_type)),
                 action_space=spaces.get("action", gym.spaces.Box(-1, 1, (ACT_DIM,), np.float32)),
-                data_format="hdf5",
+                data_format=storage,
             )
         return root / name
 

@@ -133,7 +133,7 @@ def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
     fails("hopper/medium-v0", "there is none; MINARI_DATASETS_PATH")
     write_minari("hopper/medium-v0", [episode(0, 2)])
     write_minari("door/human-v2", [episode(0, 2)])
-    fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*minari download")
+    fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*rlctl data download")
     (root / "hopper/medium-v0/data/main_data.hdf5").unlink()
     fails("hopper/medium-v0", "main_data.hdf5: the dataset is incomplete")
 
@@ -162,7 +162,7 @@ def test_minari_damage(write_minari: Write) -> None:
     for text, message in [
         ("{", "metadata.json cannot be read"),
         ("[]", "not a JSON object"),
-        (json.dumps(json.loads(info) | {"data_format": "arrow"}), "stored as arrow; only"),
+        (json.dumps(json.loads(info) | {"data_format": "csv"}), "stored as csv; known are hdf5, arrow and parquet"),
     ]:
         meta.write_text(text)
         fails("toy/set-v0", message)
@@ -324,7 +324,7 @@ def test_d4rl_reader_against_a_slow_reference(
             expected.append((e["observations"][t], e["rewards"][t], following, term, cut))
     path = write_d4rl("x.hdf5", episodes, drop=() if successors else ("next_observations",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlctl.data.readers.BLOCK", block)  # every way a block can fall across an episode
+        patch.setattr("rlctl.data.arrays.BLOCK", block)  # every way a block can fall across an episode
         if not expected:
             fails(path, "no transition")
             return
@@ -366,7 +366,7 @@ def test_sampling_is_uniform_reproducible_and_whole_rows() -> None:
 
 
 def test_stats_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlctl.data.readers.BLOCK", 3)
+    monkeypatch.setattr("rlctl.data.arrays.BLOCK", 3)
     data = table()
     s = data.stats()
     assert (s.transitions, s.episodes) == (10, 2)

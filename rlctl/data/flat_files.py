@@ -1,0 +1,253 @@
+"""Read files of flat arrays: D4RL's HDF5 layout and plain .npz.
+
+Both hold one array per quantity, `N` rows, episodes one after the other. A white list of names is read; anything else,
+metadata of other lengths included, is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlctl.data import arrays
+from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View, allocate, check_finite, complain
+
+HDF5 = (".hdf5", ".h5")
+SUFFIXES = (*HDF5, ".npz")
+NAMES = {
+    "observations": ("observations", "observation", "obs"),
+    "actions": ("actions", "action"),
+    "rewards": ("rewards", "reward"),
+    "terminals": ("terminals", "terminated", "terminations"),
+    "next_observations": ("next_observations", "next_observation", "next_obs"),
+    "timeouts": ("timeouts", "truncated", "truncations"),
+}
+"""Our name for an array (D4RL's), and the names it is looked for under. The last two may be missing."""
+OPTIONAL = ("next_observations", "timeouts")
+MEBI = 1 << 20
+
+
+class Column(Protocol):
+    """One array of a file, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def fill(self, out: Array) -> None:
+        """Read all of it into `out`, of the same shape, in the type of `out`."""
+
+
+def find_file(source: str) -> Path:
+    """The path of a flat file; DatasetError naming the nearest files of its folder."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4) or beside[:3]
+    kind = "npz" if path.suffix == ".npz" else "HDF5"
+    hint = f"nearest there: {', '.join(close)}" if close else f"no {kind} file is in that folder"
+    raise DatasetError(f"no file {path} ({hint})")
+
+
+def read_flat(
+    path: Path, view: View = "exact", episode_len: int | None = None, found: Findings | None = None
+) -> tuple[Table, Origin]:
+    """Read a D4RL-style HDF5 file or an .npz: flat arrays of N rows, episodes one after the other.
+
+    Read are `observations` [N, O], `actions` [N, A], `rewards` and `terminals` ([N] or [N, 1]) and, where present,
+    `next_observations` [N, O] and `timeouts`, under these names or ours (`NAMES`).
+
+    An episode ends at a terminal, at a timeout and at the last row. In a file without `timeouts` it also ends where
+    `next_observations[i]` differs from `observations[i + 1]` by more than 1e-6, or, in a file without either,
+    `episode_len` steps after it began (DatasetError when that is not given). What is kept: `arrays.exact`.
+
+    `view="d4rl_compat"` gives D4RL's pairs instead (`arrays.d4rl_compat`); `next_observations` is ignored, and without
+    `timeouts` D4RL's own count of `episode_len` steps stands in for them.
+    """
+    where = str(path)
+    with _columns(path) as columns:
+        n = _check_columns(columns, where)
+        table = allocate(n, columns["observations"].shape[1], columns["actions"].shape[1])
+        columns["observations"].fill(table.obs)
+        columns["actions"].fill(table.action)
+        successors = "next_observations" in columns and view == "exact"
+        if successors:
+            columns["next_observations"].fill(table.next_obs)
+        reward, terminal = _vector(columns["rewards"], np.float64), _vector(columns["terminals"], bool)
+        timeout = _vector(columns["timeouts"], bool) if "timeouts" in columns else None
+
+    unflagged = np.zeros(n, bool)
+    if timeout is None:
+        timeout = np.zeros(n, bool)
+        if successors:
+            unflagged = arrays.jumps(table.obs, table.next_obs) & ~terminal
+        elif episode_len is None:
+            raise DatasetError(
+                f"{where} has {'no timeouts' if view != 'exact' else 'neither timeouts nor next_observations'}, so "
+                "where an episode was cut cannot be told: pass episode_len, the step limit of the task "
+                "(--set data_options.episode_len=1000)"
+            )
+        elif view == "exact":
+            unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
+        else:
+            timeout = arrays.d4rl_step_limit(terminal, episode_len)
+    try:
+        if view == "exact":
+            table = arrays.exact(table, reward, terminal, timeout, successors=successors, unflagged_ends=unflagged)
+        else:
+            table = arrays.d4rl_compat(table, reward, terminal, timeout)
+    except DatasetError as e:
+        raise DatasetError(f"{where}: {e}") from None
+    check_finite(table, where, found)
+    return table, Origin(path.stem, "npz" if path.suffix == ".npz" else "d4rl-hdf5", episode_len=episode_len)
+
+
+def check_lengths(shapes: Mapping[str, tuple[int, ...]], want: int, where: str, found: Findings | None = None) -> None:
+    """Refuse arrays that do not have `want` rows."""
+    for name, shape in shapes.items():
+        if shape[:1] != (want,):
+            complain(found, f"{where}: {name} has shape {shape}, expected {want} rows: the file is damaged")
+
+
+def unequal_lengths(path: Path) -> list[str]:
+    """One line for every array whose number of rows is not that of the observations."""
+    found = Findings()
+    with _columns(path) as columns:
+        shapes = {k: tuple(c.shape) for k, c in columns.items()}
+        check_lengths(shapes, columns["observations"].shape[0], str(path), found)
+    return found
+
+
+def _check_columns(columns: Mapping[str, Column], where: str) -> int:
+    """The number of rows; DatasetError when the shapes do not belong together."""
+    n = columns["rewards"].shape[0] if columns["rewards"].shape else 0
+    check_lengths({k: tuple(c.shape) for k, c in columns.items()}, n, where)
+    if n == 0:
+        raise DatasetError(f"{where} holds no transitions")
+    for k, c in columns.items():
+        vector = k in ("observations", "next_observations", "actions")
+        if (len(c.shape) != 2) if vector else (int(np.prod(c.shape)) != n):
+            raise DatasetError(f"{where}: {k} has shape {c.shape}, expected {'[N, D]' if vector else '[N] or [N, 1]'}")
+    shapes = [columns[k].shape for k in ("observations", "next_observations") if k in columns]
+    if len(set(shapes)) > 1:
+        raise DatasetError(f"{where}: next_observations has shape {shapes[1]}, observations {shapes[0]}")
+    return int(n)
+
+
+def _vector(column: Column, dtype: Any) -> Array:
+    """[N] of a column of [N] or [N, 1]; of `dtype` bool, what is not 0."""
+    out = np.empty(column.shape, column.dtype if dtype is bool else dtype)
+    column.fill(out)
+    return (out != 0).reshape(-1) if dtype is bool else out.reshape(-1)
+
+
+@contextmanager
+def _columns(path: Path) -> Iterator[dict[str, Column]]:
+    """The arrays of the white list that the file has, by our names."""
+    with _open_npz(path) if path.suffix == ".npz" else _open_flat_hdf5(path) as have:
+        columns = {}
+        for name, aliases in NAMES.items():
+            there = next((a for a in aliases if a in have), None)
+            if there is not None:
+                columns[name] = have[there]
+            elif name not in OPTIONAL:
+                present = ", ".join(sorted(have)[:8])
+                hint = "; 'dones' does not tell a true end from a time limit" if "dones" in have else ""
+                raise DatasetError(f"{path} has no '{name}' in / (present: {present}{hint})")
+        for name, column in columns.items():
+            if column.dtype.kind not in "fiub":
+                raise DatasetError(f"{path}: {name} holds {column.dtype}, not numbers")
+        yield columns
+
+
+# --------------------------------------------------------------------------------------------------------------- HDF5
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
+    """An HDF5 file to read from; what goes wrong while it is open becomes a DatasetError of one line."""
+    try:
+        import h5py
+    except ImportError:
+        raise DatasetError("reading a dataset needs the package h5py: pip install 'minari[hdf5]'") from None
+    if not path.is_file():
+        raise DatasetError(f"no file {path}: the dataset is incomplete, fetch it again")
+    try:
+        with h5py.File(path, "r") as file:
+            # By default HDF5 keeps the layout of thousands of episodes it will not be asked for again.
+            cache = file.id.get_mdc_config()
+            cache.set_initial_size, cache.initial_size = True, MEBI
+            cache.min_size, cache.max_size = MEBI, 2 * MEBI
+            file.id.set_mdc_config(cache)
+            yield file
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path} is not a whole HDF5 file ({reason}): fetch it again") from None
+
+
+class _Hdf5Column:
+    def __init__(self, node: Any) -> None:
+        self.node, self.shape, self.dtype = node, tuple(node.shape), node.dtype
+
+    def fill(self, out: Array) -> None:
+        if not out.size:
+            return
+        if self.dtype.kind == "b" and out.dtype != bool:  # an enum to HDF5, which it will not turn into a number
+            out[...] = self.node[()]
+        else:
+            self.node.read_direct(out)  # every chunk is unpacked once, and converted on the way
+
+
+@contextmanager
+def _open_flat_hdf5(path: Path) -> Iterator[dict[str, Column]]:
+    with open_hdf5(path) as file:
+        yield {k: _Hdf5Column(x) for k, x in file.items() if hasattr(x, "dtype")}
+
+
+# ---------------------------------------------------------------------------------------------------------------- npz
+class _NpyColumn:
+    """An array of an .npz, read block by block: `np.load` would hold all of it beside the result."""
+
+    def __init__(self, archive: zipfile.ZipFile, member: str) -> None:
+        self.archive, self.member = archive, member
+        with archive.open(member) as stream:
+            self.shape, self.fortran, self.dtype = _npy_header(stream)
+
+    def fill(self, out: Array) -> None:
+        with self.archive.open(self.member) as stream:
+            _npy_header(stream)
+            if self.fortran and len(self.shape) > 1:
+                out[...] = np.frombuffer(stream.read(), self.dtype).reshape(self.shape[::-1]).T
+                return
+            width = int(np.prod(self.shape[1:], dtype=np.int64))
+            for lo in range(0, self.shape[0], arrays.BLOCK):
+                rows = min(arrays.BLOCK, self.shape[0] - lo)
+                data = stream.read(rows * width * self.dtype.itemsize)
+                out[lo : lo + rows] = np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
+
+
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, Any]:
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    shape, fortran, dtype = readers[version](stream)
+    return shape, fortran, dtype
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[dict[str, Column]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith(".npy")]
+            yield {n.removesuffix(".npy"): _NpyColumn(archive, n) for n in names}
+    except DatasetError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path} is not a whole .npz file ({reason}): fetch it again") from None

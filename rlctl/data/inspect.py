@@ -1,0 +1,204 @@
+"""Look at a dataset: what it holds (`summarize`), and what is wrong with it (`verify`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlctl.data import flat_files, minari_files
+from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table
+from rlctl.data.dataset import is_flat, read
+from rlctl.data.reference import dataset_labels, normalized_score, reference_name
+
+CLIPPED = 1 - 1e-4
+"""An action component of at least this size counts as clipped."""
+RANGE_FACTOR = 1000.0
+"""A reward this many times the 99th percentile of |r| (at least 1) is out of range."""
+
+
+def summarize(table: Table, origin: Origin, bins: int = 20) -> dict[str, Any]:
+    """Episodes, returns, lengths, actions, normalised scores and the histogram of returns, JSON-able."""
+    steps = np.diff(table.ends, prepend=0)
+    a = np.abs(table.action)
+    counts, edges = np.histogram(table.returns, bins=bins)
+    task = reference_name(origin.env_id or origin.id)
+    mean = float(table.returns.mean())
+    box = origin.action_box
+    ref: dict[str, Any] = {k: origin.meta[k] for k in ("ref_min_score", "ref_max_score") if k in origin.meta}
+    labels: dict[str, Any] = dataset_labels(origin.id, origin.format)
+    return labels | {
+        "format": origin.format,
+        "env": origin.env_id,
+        "env_options": origin.env_options,
+        "transitions": len(table.reward),
+        "episodes": len(steps),
+        "obs_dim": table.obs.shape[1],
+        "act_dim": table.action.shape[1],
+        "terminated_episodes": int(table.terminated[table.ends - 1].sum()),
+        "return": _moments(table.returns),
+        "length": _moments(steps),
+        "reward": _moments(table.reward),
+        "action_min": table.action.min(0).tolist(),
+        "action_max": table.action.max(0).tolist(),
+        "action_box": None if box is None else [np.broadcast_to(x, a.shape[1]).tolist() for x in box],
+        "clipped_actions": float((a >= CLIPPED).mean()),
+        "normalized_score": normalized_score(task, mean) if task else None,
+        "score_reference": task,
+        **ref,
+        "algorithm": origin.meta.get("algorithm_name"),
+        "author": _people(origin.meta.get("author")),
+        "description": origin.meta.get("description"),
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+    }
+
+
+def _people(author: Any) -> list[str]:
+    return sorted(author) if isinstance(author, list) else [author] if author else []
+
+
+def _moments(x: Array) -> dict[str, float]:
+    x = np.asarray(x, np.float64)
+    return {"mean": float(x.mean()), "std": float(x.std()), "min": float(x.min()), "max": float(x.max())}
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong (`error`) or worth knowing (`note`)."""
+
+    level: Literal["error", "note"]
+    about: str
+    """The quantity: next_obs, terminated, reward, ..."""
+    message: str
+
+
+def verify(
+    source: str, *, episode_len: int | None = None, reward_range: tuple[float, float] | None = None
+) -> list[Finding]:
+    """Everything wrong with a dataset, one finding per line; an empty list for a clean one.
+
+    Looked for: arrays of unequal lengths, missing arrays, damaged files, NaN and infinities, `next_obs` that is a copy
+    of `obs` or not the observation that follows, terminals at the time limit, actions outside [-1, 1], rewards out of
+    `reward_range` (or far out of their own, without one), metadata that disagrees with the data.
+
+    DatasetError only where there is no dataset of that name.
+    """
+    if is_flat(source):
+        flat_files.find_file(source)
+    elif source.endswith("main_data.hdf5"):
+        source = str(Path(source).parent)
+    found = Findings()
+    try:
+        table, origin = read(source, episode_len=episode_len, found=found)
+    except DatasetError as error:
+        if not is_flat(source):
+            minari_files.find_minari(source)  # a wrong name is the caller's mistake, not the dataset's
+        return [_error("file", line) for line in _lengths(source) or [*found, str(error)]]
+    out = [_error("data", line) for line in found]
+    out += _successors(table)
+    out += _terminals(table, origin, episode_len)
+    out += _actions(table)
+    out += _rewards(table, reward_range)
+    out += _metadata(table, origin)
+    return sorted(out, key=lambda f: f.level)
+
+
+def _lengths(source: str) -> list[str]:
+    """Every array of a flat file whose length is wrong, where that is what the reader stumbled over."""
+    if not is_flat(source):
+        return []
+    try:
+        return flat_files.unequal_lengths(flat_files.find_file(source))
+    except DatasetError:
+        return []
+
+
+def _inner(table: Table) -> Array:
+    """[M] bool: rows that another row of the same episode follows."""
+    inner = np.ones(len(table.reward), bool)
+    inner[table.ends - 1] = False
+    return inner
+
+
+def _successors(table: Table) -> Iterator[Finding]:
+    inner = _inner(table)
+    n = int(inner.sum())
+    same = (table.next_obs == table.obs).all(1) & inner
+    moved = np.zeros_like(inner)
+    gap = np.abs(table.next_obs[:-1] - table.obs[1:]) > 1e-5 * (1 + np.abs(table.obs[1:]))
+    moved[:-1] = gap.any(1) & inner[:-1]
+    if same.sum() > 0.5 * n:
+        share = same.sum() / n
+        yield _error("next_obs", f"is a copy of obs in {share:.0%} of the rows: nothing can be learnt from such pairs")
+    elif moved.any():
+        where = f"in {int(moved.sum()):,} of {n:,} rows within episodes, first in row {int(moved.argmax())}"
+        level = _error if moved.sum() > 0.01 * n else _note
+        yield level("next_obs", f"is not the observation of the row that follows {where}")
+
+
+def _terminals(table: Table, origin: Origin, episode_len: int | None) -> Iterator[Finding]:
+    steps = np.diff(table.ends, prepend=0)
+    terminated, truncated = (x[table.ends - 1] for x in (table.terminated, table.truncated))
+    named = origin.episode_len or episode_len
+    limit = named or int(steps.max())
+    at_limit = terminated & ~truncated & (steps == limit)
+    # without a known limit: several episodes of exactly the greatest length, none of them cut
+    suspicious = at_limit.sum() > 1 and not (truncated & (steps == limit)).any()
+    if at_limit.any() and (named or suspicious):
+        yield _error(
+            "terminated",
+            f"set on the last row of {int(at_limit.sum()):,} episodes of exactly {limit} steps, "
+            f"{'the time limit' if named else 'the greatest length'}: a cut that was recorded as an end",
+        )
+    both = int((terminated & truncated).sum())
+    if both:
+        yield _note("terminated", f"and truncated are both set at the end of {both:,} episodes")
+    if named and (steps > named).any():
+        yield _error("length", f"{int((steps > named).sum()):,} episodes are longer than the limit of {named} steps")
+
+
+def _actions(table: Table) -> Iterator[Finding]:
+    outside = (np.abs(table.action) > 1 + 1e-5).any(1)
+    if outside.any():
+        far, row = float(np.abs(table.action[outside]).max()), int(outside.argmax())
+        yield _error("action", f"outside [-1, 1] in {int(outside.sum()):,} rows, up to {far:.4g}, first in row {row}")
+    frozen = (table.action == table.action[0]).all(0)
+    if len(table.action) > 1 and frozen.any():
+        yield _note("action", f"component {', '.join(map(str, np.flatnonzero(frozen)[:8]))} never changes")
+
+
+def _rewards(table: Table, bounds: tuple[float, float] | None) -> Iterator[Finding]:
+    reward = table.reward[np.isfinite(table.reward)]
+    if not len(reward):
+        return
+    if bounds is not None:
+        low, high = bounds
+        why = f"[{low:g}, {high:g}]"
+    else:
+        high = RANGE_FACTOR * max(1.0, float(np.percentile(np.abs(reward), 99)))
+        low, why = -high, f"±{high:.4g} ({RANGE_FACTOR:g} times the 99th percentile of |r|)"
+    outside = (table.reward < low) | (table.reward > high)
+    if outside.any():
+        row = int(outside.argmax())
+        count = f"{int(outside.sum()):,} rows"
+        yield _error("reward", f"outside {why} in {count}, first in row {row}: {table.reward[row]:.4g}")
+    if len(reward) > 1 and (reward == reward[0]).all():
+        yield _note("reward", f"is {reward[0]:g} in every row")
+
+
+def _metadata(table: Table, origin: Origin) -> Iterator[Finding]:
+    said, count = origin.meta.get("total_steps"), len(table.reward)
+    if said is not None and int(said) != count:
+        yield _error("metadata", f"total_steps is {said}, the data holds {count}")
+
+
+def _error(about: str, message: str) -> Finding:
+    return Finding("error", about, message)
+
+
+def _note(about: str, message: str) -> Finding:
+    return Finding("note", about, message)

@@ -1,0 +1,193 @@
+"""`verify` finds what breaks training, `summarize` says what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from dataset_files import Write, episode
+
+from rlctl.data import inspect
+from rlctl.data.arrays import DatasetError
+from rlctl.data.dataset import read
+from rlctl.data.reference import dataset_labels, score_table
+
+EPISODES = [episode(0, 4, "terminated"), episode(1, 3), episode(2, 5, "terminated"), episode(3, 6)]
+ACTIONS = np.linspace(-1, 1, 36).reshape(18, 2).astype(np.float32)
+N = 18
+
+
+def errors(path: Path | str, **kw: Any) -> list[str]:
+    return [f"{f.about}: {f.message}" for f in inspect.verify(str(path), **kw) if f.level == "error"]
+
+
+def one(path: Path | str, *words: str, **kw: Any) -> None:
+    found = errors(path, **kw)
+    assert len(found) == 1, found
+    assert "\n" not in found[0]
+    assert [w for w in words if w not in found[0]] == []
+
+
+def test_a_sound_set_has_no_findings(write_d4rl: Write, write_minari: Write) -> None:
+    assert inspect.verify(str(write_d4rl("x.hdf5", EPISODES, actions=ACTIONS))) == []
+    write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES], env="Hopper-v5")
+    assert inspect.verify("toy/set-v0") == []
+
+
+def test_next_obs_that_is_a_copy(write_d4rl: Write) -> None:
+    obs = np.concatenate([e["observations"][:-1] for e in EPISODES])
+    one(write_d4rl("x.hdf5", EPISODES, next_observations=obs), "next_obs: is a copy of obs in 100%")
+
+
+def test_next_obs_that_does_not_follow(write_d4rl: Write) -> None:
+    following = np.concatenate([e["observations"][1:] for e in EPISODES])
+    path = write_d4rl("x.hdf5", EPISODES, next_observations=following + 0.5)
+    one(path, "next_obs: is not the observation of the row that follows", "in 14 of 14 rows", "first in row 0")
+
+
+def test_terminals_at_the_time_limit(write_d4rl: Write, write_minari: Write) -> None:
+    cut = [episode(k, 6, "terminated") for k in range(3)] + [episode(3, 2, "terminated")]
+    path = write_d4rl("x.hdf5", cut)
+    one(path, "terminated: set on the last row of 3 episodes of exactly 6 steps, the greatest length")
+    one(path, "the time limit", episode_len=6)
+    assert errors(path, episode_len=7) == []
+    # a single one that fell at its greatest length is no sign of it, nor is one among others that were cut
+    assert errors(write_d4rl("y.hdf5", cut[:1])) == []
+    assert errors(write_d4rl("z.hdf5", [*cut[:2], episode(4, 6)])) == []
+    # the limit of the environment it was recorded in
+    write_minari("toy/set-v0", [episode(0, 1000, "terminated"), episode(1, 3, "terminated")], env="Hopper-v5")
+    one("toy/set-v0", "1 episodes of exactly 1000 steps, the time limit")
+
+
+def test_episodes_longer_than_the_limit(write_d4rl: Write) -> None:
+    one(write_d4rl("x.hdf5", EPISODES[1:]), "length: 2 episodes are longer than the limit of 4", episode_len=4)
+
+
+def test_unequal_lengths_are_all_named(write_d4rl: Write) -> None:
+    path = write_d4rl("x.hdf5", EPISODES, actions=np.zeros((17, 2)), rewards=np.zeros(16))
+    found = errors(path)
+    assert len(found) == 2
+    assert "actions has shape (17, 2), expected 18 rows" in found[0]
+    assert "rewards has shape (16,), expected 18 rows" in found[1]
+
+
+def test_every_damaged_episode_is_named(write_minari: Write) -> None:
+    main = write_minari("toy/set-v0", EPISODES) / "data/main_data.hdf5"
+    with h5py.File(main, "a") as file:
+        file["episode_1/actions"].resize(1, 0)
+        file["episode_3/truncations"].resize(2, 0)
+    found = errors("toy/set-v0")
+    assert "episode_1: actions has shape (1, 2), expected 3 rows" in found[0]
+    assert "episode_3: truncations has shape (2,), expected 6 rows" in found[1]
+    assert "metadata: total_steps is 18, the data holds 9" in found[2]
+
+
+def test_nan_and_infinities_are_counted(write_d4rl: Write) -> None:
+    rewards, actions = np.ones(N, np.float32), ACTIONS.copy()
+    rewards[[2, 5, 7]], actions[3, 1] = np.inf, np.nan
+    found = errors(write_d4rl("x.hdf5", EPISODES, rewards=rewards, actions=actions))
+    assert [f for f in found if "reward of transition 2 (episode 0) is NaN or infinite, as are those of 2 more" in f]
+    assert [f for f in found if "action of transition 3 (episode 0) is NaN or infinite" in f]
+
+
+def test_actions_out_of_range(write_d4rl: Write) -> None:
+    actions = ACTIONS.copy()
+    actions[[4, 6], 0] = 1.5, -3
+    one(write_d4rl("x.hdf5", EPISODES, actions=actions), "action: outside [-1, 1] in 2 rows, up to 3, first in row 4")
+
+
+def test_rewards_out_of_range(write_d4rl: Write) -> None:
+    rewards = np.zeros(N, np.float32)
+    rewards[5], rewards[9] = 1.0, -4e5
+    path = write_d4rl("x.hdf5", EPISODES, rewards=rewards, actions=ACTIONS)
+    rewards[9] = 0
+    sparse = write_d4rl("y.hdf5", EPISODES, rewards=rewards, actions=ACTIONS)
+    assert errors(sparse) == []  # one goal among zeros is not out of range
+    one(sparse, "reward: outside [0, 0.5] in 1 rows, first in row 5: 1", reward_range=(0.0, 0.5))
+    big = np.concatenate([np.random.default_rng(0).normal(size=(2000))]).astype(np.float32)
+    big[77] = -4e5
+    many = [episode(k, 200) for k in range(10)]
+    path = write_d4rl("x.hdf5", many, rewards=big)
+    one(path, "reward: outside ±", "in 1 rows, first in row 77: -4e+05")
+
+
+def test_missing_arrays_and_cut_files(write_d4rl: Write) -> None:
+    one(write_d4rl("x.hdf5", EPISODES, drop=("terminals",)), "file: ", "no 'terminals'")
+    path = write_d4rl("x.hdf5", EPISODES)
+    path.write_bytes(path.read_bytes()[:-50])
+    one(path, "file: ", "not a whole HDF5 file")
+
+
+def test_notes_are_not_errors(write_d4rl: Write) -> None:
+    both = np.concatenate([e["terminations"] | e["truncations"] for e in EPISODES])
+    found = inspect.verify(str(write_d4rl("x.hdf5", EPISODES, timeouts=both, actions=np.zeros((N, 2)))))
+    assert {f.level for f in found} == {"note"}
+    assert any("both set at the end of 2 episodes" in f.message for f in found)
+    assert any("component 0, 1 never changes" in f.message for f in found)
+
+
+def test_no_such_dataset(write_minari: Write, tmp_path: Path) -> None:
+    write_minari("toy/set-v0", EPISODES)
+    for source, match in (("toy/sett-v0", "nearest there: toy/set-v0"), (str(tmp_path / "x.npz"), "no file")):
+        with pytest.raises(DatasetError, match=match):
+            inspect.verify(source)
+
+
+def test_summary(write_minari: Write) -> None:
+    actions = np.zeros((4, 2), np.float32)
+    actions[0] = 1, -1
+    write_minari("mine/hopper-v3", [episode(0, 4, "terminated") | {"actions": actions}, episode(1, 3)], env="Hopper-v5")
+    s = inspect.summarize(*read("mine/hopper-v3"), bins=3)
+    assert json.loads(json.dumps(s)) == s
+    assert (s["dataset"], s["dataset_version"], s["benchmark"], s["env"]) == (
+        "mine/hopper-v3",
+        3,
+        "Minari",
+        "Hopper-v5",
+    )
+    assert (s["transitions"], s["episodes"], s["terminated_episodes"], s["obs_dim"], s["act_dim"]) == (7, 2, 1, 3, 2)
+    assert s["return"] == pytest.approx({"mean": 4.65, "std": 1.35, "min": 3.3, "max": 6.0})
+    assert s["length"] == {"mean": 3.5, "std": 0.5, "min": 3, "max": 4}
+    assert s["action_max"] == pytest.approx([1.0, 0.0])
+    assert s["action_min"] == pytest.approx([0.0, -1.0], abs=0.02)
+    assert s["clipped_actions"] == pytest.approx(2 / 14)
+    assert s["normalized_score"] == pytest.approx(100 * (4.65 + 20.272305) / (3234.3 + 20.272305))
+    assert s["histogram"]["counts"] == [1, 0, 1]
+    assert s["histogram"]["edges"] == pytest.approx([3.3, 4.2, 5.1, 6.0])
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+@pytest.mark.parametrize(
+    ("id", "format", "want"),
+    [
+        ("hopper_medium-v2", "d4rl-hdf5", ("hopper-medium-v2", 2, "D4RL")),
+        ("hopper_mixed", "d4rl-hdf5", ("hopper-medium-replay-v0", 0, "D4RL")),
+        ("hopper_medium-v2", "npz", ("hopper_medium-v2", 2, "own")),
+        ("my_robot", "d4rl-hdf5", ("my_robot", None, "own")),
+        ("mujoco/hopper/medium-v0", "minari-hdf5", ("mujoco/hopper/medium-v0", 0, "Minari")),
+        ("D4RL/antmaze/umaze-v1", "minari-parquet", ("D4RL/antmaze/umaze-v1", 1, "Minari")),
+    ],
+)
+def test_labels(id: str, format: str, want: tuple[Any, ...]) -> None:
+    assert tuple(dataset_labels(id, format).values()) == want
+
+
+def test_benchmarks_never_share_a_column() -> None:
+    rows = [
+        {"algo": "td3bc", **dataset_labels("hopper_medium-v2", "d4rl-hdf5"), "normalized_score": 59.26},
+        {"algo": "td3bc", **dataset_labels("mujoco/hopper/medium-v0", "minari-hdf5"), "normalized_score": 101.0},
+        {"algo": "td3bc", **dataset_labels("mine", "npz"), "normalized_score": None},
+    ]
+    header, cells = score_table(rows, ["algo"])
+    assert header == ["algo", "dataset", "version", "score (D4RL)", "score (Minari)", "score (own)"]
+    assert cells == [
+        ["td3bc", "hopper-medium-v2", "2", "59.3", "", ""],
+        ["td3bc", "mujoco/hopper/medium-v0", "0", "", "101.0", ""],
+        ["td3bc", "mine", "", "", "", ""],
+    ]
+    with pytest.raises(ValueError, match="lacks dataset_version, benchmark"):
+        score_table([{"dataset": "x", "normalized_score": 1.0}])
