@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layouts", nargs="+", choices=("long", "short"), default=["long", "short"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -148,7 +149,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = str(Path(folder) / "minari")
         sources: dict[str, tuple[str, str]] = {}
-        for name, steps in (("long", LONG), ("short", SHORT)):
+        for name in args.layouts:
+            steps = {"long": LONG, "short": SHORT}[name]
             table = synthetic(args.rows, steps)
             write_minari_hdf5(table, f"speed/{name}-v0")
             flat = [write_flat(table, Path(folder) / f"{name}{suffix}") for suffix in (".hdf5", ".npz")]
@@ -167,8 +169,11 @@ def main() -> None:
             for name, (kind, source) in sources.items():
                 results[name].append(measure(kind, source))
                 last = results[name][-1]
-                print(f"  round {r + 1}/{args.rounds}  {name:<36} {last['seconds']:>7.2f} s  {last['growth']:>5.2f}x")
-        data = rlctl.data.load_dataset("speed/long-v0")
+                print(
+                    f"  round {r + 1}/{args.rounds}  {name:<36} {last['seconds']:>7.2f} s  {last['growth']:>5.2f}x",
+                    flush=True,
+                )
+        data = rlctl.data.load_dataset(f"speed/{args.layouts[0]}-v0")
     loads = {
         name: {
             "seconds": float(np.median([x["seconds"] for x in runs])),
@@ -189,7 +194,7 @@ def main() -> None:
         print(f"{name:<36} {x['seconds']:>7.2f} s   {x['peak_growth_over_arrays']:>5.2f} times the arrays")
     result = {
         "rows": args.rows,
-        "mib": results["npz long"][0]["bytes"] / 2**20,
+        "mib": next(iter(results.values()))[0]["bytes"] / 2**20,
         "loads": loads,
         "rows_sampled": sampling,
     }

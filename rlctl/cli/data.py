@@ -137,7 +137,7 @@ def info(dataset: Source, episode_len: EpisodeLen = None, json_: Json = False) -
         ["return", _spread(found["return"])],
         ["length", _spread(found["length"])],
         ["reward", _spread(found["reward"], 4)],
-        ["action", f"{found['act_dim']} numbers" + ("" if box is None else f", mapped to [-1, 1] from {box}")],
+        ["action", f"{found['act_dim']} numbers" + ("" if box is None else f", mapped to [-1, 1] from {_bounds(box)}")],
         ["  lowest", _numbers(found["action_min"])],
         ["  highest", _numbers(found["action_max"])],
         ["  clipped", f"{found['clipped_actions']:.2%} of all components are at ±1"],
@@ -171,6 +171,11 @@ def histogram(counts: list[int], edges: list[float], width: int = 50) -> list[st
 def _spread(x: dict[str, float], digits: int = 1) -> str:
     mean, std, low, high = (f"{x[k]:.{digits}f}" for k in ("mean", "std", "min", "max"))
     return f"{mean} ± {std}, {low} to {high}"
+
+
+def _bounds(box: list[list[float]]) -> str:
+    low, high = (f"{x[0]:g}" if len(set(x)) == 1 else _numbers(x) for x in box)
+    return f"[{low}, {high}]"
 
 
 def _numbers(x: list[float]) -> str:

@@ -296,7 +296,7 @@ def _download_d4rl(name: str, mirror: str | None, sha256: str | None, progress: 
             continue
         target.with_suffix(".hdf5.sha256").write_text(f"{got}  {target.name}\n")
         return target
-    raise NetworkError("; ".join(failures))
+    raise NetworkError("; ".join(dict.fromkeys(failures)) + ("" if mirror else "; --mirror names another source"))
 
 
 def _d4rl_file(source: str, path: str) -> RemoteFile:
