@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
     "v_minibatch_size": 16,
     "fixup_minibatch_size": 32,
     "hidden": (16, 16),
+    "critic_hidden": (16, 16),
+    "vae_hidden": (16, 16),
     "num_envs": NUM_ENVS,
     "horizon": HORIZON,
     "minibatch_size": 16,
@@ -72,6 +74,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
     "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
+    "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
