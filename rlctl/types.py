@@ -117,8 +117,9 @@ class Agent(nn.Module):
     """What training takes: {"env"}, {"data"} or both; None follows `regime`."""
     accepts: ClassVar[frozenset[Source]] = frozenset()
     """What training takes besides, if given."""
-    host_reads: ClassVar[str] = ""
-    """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph."""
+    host_reads: str = ""
+    """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph. Said by
+    the class; an instance whose settings do without the reads clears it."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""

@@ -49,6 +49,8 @@ ENTRIES = {
         Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
+        Entry("prdc", "rlctl.agents.prdc:PRDC", "arXiv:2306.06569", "offline TD3 drawn to the nearest data point"),
+        Entry("a2pr", "rlctl.agents.a2pr:A2PR", "arXiv:2405.19909", "TD3+BC on the better of data and VAE actions"),
     )
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.ops import adam, frozen_copy, minimize, polyak
+from rlctl.ops.td3 import clipped_double_backup, smoothed
 from rlctl.train import OffPolicyConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Regime, Spec, Widths
 
@@ -75,14 +76,13 @@ class TD3(Agent):
         action = self.pi_lagged(next_obs)
         if noise is None:
             noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)
-        noise = (self.cfg.policy_noise * noise).clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
-        return (action + noise).clamp(-1, 1)
+        return smoothed(action, noise, self.cfg.policy_noise, self.cfg.noise_clip)
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~)."""
         with torch.no_grad():
-            q_next = self.q_lagged(b.next_obs, self.smoothed_action(b.next_obs, noise)).amin(0)
-            backup = b.reward + self.cfg.gamma * q_next * ~b.terminated
+            q_next = self.q_lagged(b.next_obs, self.smoothed_action(b.next_obs, noise))
+            backup = clipped_double_backup(b.reward, b.terminated, q_next, self.cfg.gamma)
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     def actor_loss(self, b: Batch) -> Tensor:

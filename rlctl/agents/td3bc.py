@@ -15,6 +15,7 @@ from rlctl.agents.td3 import TD3
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardName, RewardTransform
 from rlctl.nets.normalizer import FixedNorm
+from rlctl.ops.td3 import scaled_value_loss
 from rlctl.train import OfflineConfig
 from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
@@ -75,8 +76,7 @@ class TD3BC(TD3):
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a)^2],  lambda = alpha / E|Q_1(s, pi(s))| (no gradient)."""
         action = self.pi(b.obs)
         q = self.q(b.obs, action)[0]
-        lam = self.cfg.alpha / q.detach().abs().mean().clamp(min=1e-8)
-        return -lam * q.mean() + (action - b.action).square().mean()
+        return scaled_value_loss(q, self.cfg.alpha) + (action - b.action).square().mean()
 
     def update(self, b: Batch) -> Metrics:
         """TD3's update on z-scored observations and transformed rewards."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlctl import agents
 from rlctl.data.dataset import Dataset
@@ -25,6 +26,8 @@ SMALL: dict[str, Any] = {
     "v_minibatch_size": 16,
     "fixup_minibatch_size": 32,
     "hidden": (16, 16),
+    "critic_hidden": (16, 16),
+    "vae_hidden": (16, 16),
     "num_envs": NUM_ENVS,
     "horizon": HORIZON,
     "minibatch_size": 16,
@@ -69,6 +72,9 @@ SOLVE: dict[str, dict[str, Any]] = {
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
+    # the data hold every action in every state, so its own alpha will do
+    "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
+    "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
@@ -156,6 +162,34 @@ def recorded_inputs(module: nn.Module) -> list[tuple[Tensor, ...]]:
     seen: list[tuple[Tensor, ...]] = []
     module.register_forward_pre_hook(lambda _, args: seen.append(tuple(a.detach().clone() for a in args)))
     return seen
+
+
+# ----------------------------------------------------------------------------------------------------- no host reads
+FORBIDDEN = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "unique",
+    "_unique2",
+    "unique_consecutive",
+}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where an operation needs the value of a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        boolean_index = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if name in FORBIDDEN or boolean_index:
+            raise AssertionError(f"update reads a tensor on the host: {func}")
+        return func(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
