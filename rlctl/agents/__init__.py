@@ -50,6 +50,7 @@ ENTRIES = {
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
+        Entry("iql", "rlctl.agents.iql:IQL", "arXiv:2110.06169", "expectile values, advantage-weighted cloning"),
     )
 }
 

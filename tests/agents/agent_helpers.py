@@ -70,6 +70,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # near the best action in the data: a high expectile, sharp weights
+    "iql": {"steps": 1500, "expectile": 0.99, "beta": 30.0, "v_lr": 1e-2, "hidden": (64, 64), "critic_lr": 2e-3},
     # pessimism light, for the same reason
     "bc": {"steps": 1000},
 }
