@@ -24,7 +24,7 @@ def awr_weight(adv: Tensor, beta: float, bound: float = 100.0) -> Tensor:
     """min(exp(beta A), bound), of the shape of `adv`, without gradient: how much a transition counts in cloning.
 
     `beta` is an inverse temperature, 1 / lambda where a paper divides. 0 is plain cloning.
-    Source: Peng et al. 2019, arXiv:1910.00177, eq. 10 and section 5.
+    Source: Peng et al. 2019, arXiv:1910.00177 (advantage-weighted regression, weights clipped).
     """
     return (beta * adv.detach()).exp().clamp(max=bound)
 
@@ -56,7 +56,7 @@ def ensemble_diversity(slopes: Tensor) -> Tensor:
     """1 / (E - 1) mean_b sum_{i != j} <u_i, u_j> with u_i = g_i / |g_i|: action gradients [E, B, A] of E >= 2 critics.
 
     E where all point the same way, 0 where they are orthogonal, negative where they cancel (-E / (E - 1) at least).
-    Source: An et al. 2021, arXiv:2110.01548, eq. 5.
+    Source: An et al. 2021, arXiv:2110.01548, section 4.
     """
     u = normalize(slopes, dim=-1, eps=1e-10)
     # sum_{i != j} <u_i, u_j> = |sum_i u_i|^2 - sum_i |u_i|^2: no table of E^2 pairs

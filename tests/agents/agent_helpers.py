@@ -71,6 +71,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # near the best action in the data: a high expectile, sharp weights
     "iql": {"steps": 1500, "expectile": 0.99, "beta": 30.0, "v_lr": 1e-2, "hidden": (64, 64), "critic_lr": 2e-3},
+    "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
     # pessimism light, for the same reason
     "bc": {"steps": 1000},
 }
