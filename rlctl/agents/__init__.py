@@ -52,6 +52,7 @@ ENTRIES = {
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
         Entry("iql", "rlctl.agents.iql:IQL", "arXiv:2110.06169", "expectile values, advantage-weighted cloning"),
         Entry("awac", "rlctl.agents.awac:AWAC", "arXiv:2006.09359", "actor-critic with an advantage-weighted policy"),
+        Entry("edac", "rlctl.agents.edac:EDAC", "arXiv:2110.01548", "many diverse critics, the smallest counts"),
     )
 }
 
