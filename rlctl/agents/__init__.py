@@ -51,6 +51,7 @@ ENTRIES = {
         Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
         Entry("iql", "rlctl.agents.iql:IQL", "arXiv:2110.06169", "expectile values, advantage-weighted cloning"),
+        Entry("cql", "rlctl.agents.cql:CQL", "arXiv:2006.04779", "soft actor-critic with conservative critics"),
         Entry("awac", "rlctl.agents.awac:AWAC", "arXiv:2006.09359", "actor-critic with an advantage-weighted policy"),
         Entry("edac", "rlctl.agents.edac:EDAC", "arXiv:2110.01548", "many diverse critics, the smallest counts"),
     )

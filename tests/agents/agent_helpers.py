@@ -52,7 +52,7 @@ FAST: dict[str, Any] = SMALL | {
 }
 """The same for solving a probe."""
 
-TINY: dict[str, dict[str, Any]] = {"edac": {"num_critics": 3}}
+TINY: dict[str, dict[str, Any]] = {"cql": {"bc_steps": 2, "num_actions": 3}, "edac": {"num_critics": 3}}
 """Overrides of `SMALL` by algorithm."""
 
 SOLVE: dict[str, dict[str, Any]] = {
@@ -73,6 +73,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "iql": {"steps": 1500, "expectile": 0.99, "beta": 30.0, "v_lr": 1e-2, "hidden": (64, 64), "critic_lr": 2e-3},
     "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
     # pessimism light, for the same reason
+    "cql": {"steps": 1500, "cql_weight": 0.002, "num_actions": 4, "alpha": 0.005, "learn_alpha": False, "bc_steps": 0},
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
     "bc": {"steps": 1000},
 }
