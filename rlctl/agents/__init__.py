@@ -48,9 +48,14 @@ ENTRIES = {
         Entry("mdpo-off", "rlctl.agents.mdpo_off:MDPOOff", "arXiv:2005.09814", "mirror descent on a soft actor-critic"),
         Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
+        Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
         Entry("prdc", "rlctl.agents.prdc:PRDC", "arXiv:2306.06569", "offline TD3 drawn to the nearest data point"),
         Entry("a2pr", "rlctl.agents.a2pr:A2PR", "arXiv:2405.19909", "TD3+BC on the better of data and VAE actions"),
+        Entry("iql", "rlctl.agents.iql:IQL", "arXiv:2110.06169", "expectile values, advantage-weighted cloning"),
+        Entry("cql", "rlctl.agents.cql:CQL", "arXiv:2006.04779", "soft actor-critic with conservative critics"),
+        Entry("awac", "rlctl.agents.awac:AWAC", "arXiv:2006.09359", "actor-critic with an advantage-weighted policy"),
+        Entry("edac", "rlctl.agents.edac:EDAC", "arXiv:2110.01548", "many diverse critics, the smallest counts"),
     )
 }
 

@@ -8,6 +8,7 @@ normalisation, no reward scaling.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,9 @@ class Dataset:
         """Which pairs it holds, see `rlctl.data.arrays`."""
         self.origin = origin or Origin(id, "memory", env_id)
         """Where it comes from: format, the task's options, metadata."""
+        self.share = 1.0
+        """Share of its source's episodes that it holds, the best ones (`best_episodes`)."""
+        self.seed = seed
         self.rng = generator(seed, "dataset", self.device)
         self._returns = None if returns is None else returns.to(self.device, torch.float64)
 
@@ -152,6 +156,34 @@ class Dataset:
             lengths = self.episode_ends.diff(prepend=self.episode_ends.new_zeros(1))
             self._returns = torch.segment_reduce(self.rows.reward.double(), "sum", lengths=lengths)
         return self._returns
+
+    def best_episodes(self, share: float) -> Dataset:
+        """The ceil(share * E) episodes of the largest returns, whole and in their order; of equals the earlier ones.
+
+        ValueError unless 0 < share <= 1.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a share of the episodes is above 0 and at most 1, not {share}")
+        returns, lengths = self.episode_returns(), self.episode_ends.diff(prepend=self.episode_ends.new_zeros(1))
+        num = math.ceil(share * len(returns) - 1e-9)  # 0.1 * 30 is a little more than 3
+        best = returns.argsort(descending=True, stable=True)[:num].sort().values
+        kept = torch.zeros(len(returns), dtype=torch.bool, device=self.device)
+        kept[best] = True
+        rows = self.rows.map(lambda x: x[kept.repeat_interleave(lengths)])
+        ends = lengths[best].cumsum(0)
+        chosen = Dataset(
+            rows,
+            ends,
+            id=self.id,
+            env_id=self.env_id,
+            returns=returns[best],
+            action_box=self.action_box,
+            seed=self.seed,
+            view=self.view,
+            origin=self.origin,
+        )
+        chosen.share = self.share * share
+        return chosen
 
     def stats(self) -> Stats:
         """Counts, returns and the moments of the observations."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from rlctl.nets.mlp import Activation, mlp
+from rlctl.nets.mlp import MLP, Activation, mlp
 
 
 class ValueNet(nn.Module):
@@ -41,10 +42,14 @@ class QEnsemble(nn.Module):
         activation: Activation = "relu",
         *,
         layer_norm: bool = False,
+        orthogonal: float | None = None,
+        small_last: float | None = None,
     ) -> None:
         super().__init__()
+        width = obs_dim + act_dim
         self.members = nn.ModuleList(
-            mlp(obs_dim + act_dim, 1, hidden, activation, layer_norm=layer_norm) for _ in range(num)
+            mlp(width, 1, hidden, activation, layer_norm=layer_norm, orthogonal=orthogonal, small_last=small_last)
+            for _ in range(num)
         )
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -57,3 +62,14 @@ class QEnsemble(nn.Module):
         obs = obs.expand(*action.shape[:-1], obs.shape[-1])
         x = torch.cat([obs, action], -1)
         return torch.stack([q(x).squeeze(-1) for q in self.members])
+
+    def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [E, B] and dQ_e/da [E, B, A] at `obs` [B, O], `action` [B, A], both differentiable in the weights."""
+        actions = [action.detach().requires_grad_() for _ in self.members]
+        with torch.enable_grad():
+            values = [
+                q.by_layers(torch.cat([obs, a], -1)).squeeze(-1)
+                for q, a in zip(cast("list[MLP]", list(self.members)), actions, strict=True)
+            ]
+            slopes = torch.autograd.grad([v.sum() for v in values], actions, create_graph=True)
+            return torch.stack(values), torch.stack(slopes)

@@ -147,6 +147,10 @@ class TanhNormal:
         constant = HALF_LOG_2PI + 2 * LOG_2
         return per_dim.sum(-1) - constant * self.mean.shape[-1] if reduce else per_dim - constant
 
+    def spread(self, num: int) -> TanhNormal:
+        """`num` copies of it side by side: draws are [num, ..., A], their log-densities [num, ...]."""
+        return TanhNormal(self.mean.expand(num, *self.mean.shape), self.log_std)
+
     def detach(self) -> TanhNormal:
         """A copy that no gradient reaches and no later update of the policy's parameters changes."""
         return TanhNormal(self.mean.detach().clone(), self.log_std.detach().clone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from rlctl.ops.dense import FusedActivation, dense
@@ -37,8 +38,24 @@ class MLP(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`."""
         if self.fused is None:
-            return super().forward(input)  # type: ignore[no-untyped-call]
+            return self.by_layers(input)
         return dense(input, [p for m in self if isinstance(m, Linear) for p in (m.weight, m.bias)], self.fused)
+
+    def by_layers(self, input: Tensor) -> Tensor:
+        """`forward` as one autograd node per layer: cheaper where a second derivative follows (no second forward)."""
+        return super().forward(input)  # type: ignore[no-untyped-call]
+
+    def dropped(self, input: Tensor, p: float, generator: torch.Generator) -> Tensor:
+        """The same with dropout: each hidden unit is zero with probability `p`, the others are scaled by 1 / (1 - p).
+
+        Masks come from `generator`, never from the global one; who calls this decides, not `train()` and `eval()`.
+        """
+        for layer in list(self)[:-1]:
+            input = layer(input)
+            if not isinstance(layer, nn.Linear | nn.LayerNorm):  # an activation: the end of a hidden layer
+                kept = torch.rand(input.shape, generator=generator, dtype=input.dtype, device=input.device) >= p
+                input = input * kept / (1 - p)
+        return self[-1](input)
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer sees, `[..., in] -> [..., width of the last hidden layer]`: `net[-1]` goes on from it."""
@@ -55,12 +72,13 @@ def mlp(
     *,
     layer_norm: bool = False,
     orthogonal: float | None = None,
+    small_last: float | None = None,
 ) -> MLP:
     """`in_dim -> hidden... -> out_dim`, linear last layer.
 
     `layer_norm` puts a LayerNorm before each activation. Initialisation is PyTorch's default (uniform within
     1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g` in the last, and
-    biases are zero.
+    biases are zero; with `small_last=u` all of the last layer is uniform within +-u and hidden biases are 0.1.
     """
     net = MLP()
     width = in_dim
@@ -76,6 +94,12 @@ def mlp(
         for i, linear in enumerate(linears):
             nn.init.orthogonal_(linear.weight, orthogonal if i == len(linears) - 1 else 2**0.5)
             nn.init.zeros_(linear.bias)
+    if small_last is not None:
+        linears = [m for m in net if isinstance(m, nn.Linear)]
+        for m in linears[:-1]:
+            nn.init.constant_(m.bias, 0.1)
+        nn.init.uniform_(linears[-1].weight, -small_last, small_last)
+        nn.init.uniform_(linears[-1].bias, -small_last, small_last)
     if not layer_norm and (activation == "relu" or activation == "tanh"):
         net.fused = activation
     return net

@@ -35,7 +35,11 @@ def require(policy: Policy, *capabilities: str, by: str) -> None:
 
 
 class GaussianPolicy(Policy):
-    """Diagonal Gaussian with an MLP mean and one free log-std per action dimension (not squashed, not bounded)."""
+    """Diagonal Gaussian with an MLP mean and one free log-std per action dimension (not squashed, not bounded).
+
+    `tanh_mean` keeps the mean within (-1, 1) (the density is still that of a plain Gaussian), `log_std_bounds` clamps
+    the log-std, `dropout` is the probability with which a hidden unit is silenced where a caller asks for it.
+    """
 
     can = frozenset({"sample", "reparam", "log_prob", "entropy", "kl", "mode"})
 
@@ -48,35 +52,55 @@ class GaussianPolicy(Policy):
         *,
         log_std: float = 0.0,
         orthogonal: float | None = 0.01,
+        tanh_mean: bool = False,
+        log_std_bounds: tuple[float, float] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.mean = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
         self.log_std = nn.Parameter(torch.full((act_dim,), log_std))
+        self.tanh_mean, self.log_std_bounds, self.dropout = tanh_mean, log_std_bounds, dropout
 
-    def forward(self, obs: Tensor) -> Normal:
-        """The distribution at `obs` [..., O]."""
-        return Normal(self.mean(obs), self.log_std)
+    def forward(self, obs: Tensor, drop: torch.Generator | None = None) -> Normal:
+        """The distribution at `obs` [..., O]; with dropout, its masks from `drop`, where that is given."""
+        mean = self.mean(obs) if drop is None or not self.dropout else self.mean.dropped(obs, self.dropout, drop)
+        return Normal(mean.tanh() if self.tanh_mean else mean, self.bounded_log_std())
+
+    def bounded_log_std(self) -> Tensor:
+        """The log-std [A] of every state."""
+        return self.log_std if self.log_std_bounds is None else self.log_std.clamp(*self.log_std_bounds)
 
     @torch.no_grad()
     def summary(self) -> dict[str, Tensor]:
         """What to log of the spread, which is the same in every state: entropy (nats) and mean standard deviation."""
-        entropy = Normal(self.log_std, self.log_std).entropy()  # of any mean
-        return {"policy/entropy": entropy, "policy/std": self.log_std.exp().mean()}
+        log_std = self.bounded_log_std()
+        entropy = Normal(log_std, log_std).entropy()  # of any mean
+        return {"policy/entropy": entropy, "policy/std": log_std.exp().mean()}
 
 
 class TanhGaussianPolicy(Policy):
-    """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to [-20, 2]."""
+    """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to `log_std_bounds`."""
 
     can = frozenset({"sample", "reparam", "log_prob", "kl", "mode"})
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], activation: Activation = "relu") -> None:
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        activation: Activation = "relu",
+        *,
+        log_std_bounds: tuple[float, float] = (-20.0, 2.0),
+        small_last: float | None = None,
+    ) -> None:
         super().__init__()
-        self.net = mlp(obs_dim, 2 * act_dim, hidden, activation)
+        self.net = mlp(obs_dim, 2 * act_dim, hidden, activation, small_last=small_last)
+        self.log_std_bounds = log_std_bounds
 
     def forward(self, obs: Tensor) -> TanhNormal:
         """The distribution at `obs` [..., O]."""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return TanhNormal(mean, log_std.clamp(-20.0, 2.0))
+        return TanhNormal(mean, log_std.clamp(*self.log_std_bounds))
 
 
 GateInput = Literal["features", "obs"]
@@ -168,10 +192,21 @@ class DeterministicPolicy(Policy):
 
     can = frozenset({"deterministic"})
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], activation: Activation = "relu") -> None:
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        activation: Activation = "relu",
+        *,
+        orthogonal: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.net = mlp(obs_dim, act_dim, hidden, activation)
+        self.net = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
+        self.dropout = dropout
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Actions [..., A] in (-1, 1)."""
-        return self.net(obs).tanh()
+    def forward(self, obs: Tensor, drop: torch.Generator | None = None) -> Tensor:
+        """Actions [..., A] in (-1, 1); with dropout, its masks from `drop`, where that is given."""
+        out = self.net(obs) if drop is None or not self.dropout else self.net.dropped(obs, self.dropout, drop)
+        return out.tanh()

@@ -55,7 +55,7 @@ FAST: dict[str, Any] = SMALL | {
 }
 """The same for solving a probe."""
 
-TINY: dict[str, dict[str, Any]] = {}
+TINY: dict[str, dict[str, Any]] = {"cql": {"bc_steps": 2, "num_actions": 3}, "edac": {"num_critics": 3}}
 """Overrides of `SMALL` by algorithm."""
 
 SOLVE: dict[str, dict[str, Any]] = {
@@ -75,6 +75,13 @@ SOLVE: dict[str, dict[str, Any]] = {
     # the data hold every action in every state, so its own alpha will do
     "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
     "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
+    # near the best action in the data: a high expectile, sharp weights
+    "iql": {"steps": 1500, "expectile": 0.99, "beta": 30.0, "v_lr": 1e-2, "hidden": (64, 64), "critic_lr": 2e-3},
+    "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
+    # pessimism light, for the same reason
+    "cql": {"steps": 1500, "cql_weight": 0.002, "num_actions": 4, "alpha": 0.005, "learn_alpha": False, "bc_steps": 0},
+    "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
+    "bc": {"steps": 1000},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
@@ -193,13 +200,17 @@ class NoHostReads(TorchDispatchMode):
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
-def random_dataset(env: ProbeEnv, steps: int, seed: int = 0) -> Dataset:
-    """What a uniformly random policy meets in `steps` vector steps, world after world."""
+IMITATORS = {"bc"}
+"""They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
+
+
+def random_dataset(env: ProbeEnv, steps: int, seed: int = 0, expert: bool = False) -> Dataset:
+    """What a uniformly random policy (or the optimal one) meets in `steps` vector steps, world after world."""
     g = torch.Generator().manual_seed(seed)
     obs, _ = env.reset(seed=seed)
     rows = []
     for _ in range(steps):
-        action = torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1
+        action = env.optimal_action(obs) if expert else torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1
         following, reward, terminated, truncated, info = env.step(action)
         rows.append(Batch(obs, action, reward, info["next_obs"], terminated, truncated))
         obs = following
@@ -217,9 +228,10 @@ def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent
     env = make_probe(probe, num_envs, seed=seed)
     spec = Spec(env.obs_dim, env.act_dim, num_envs, env.device, env.episode_len, seed)
     agent = agents.make(name, spec, cfg)
-    data = random_dataset(make_probe(probe, 8), 100) if cls.regime == "offline" else None
+    offline = cls.regime == "offline"
+    data = random_dataset(make_probe(probe, 8), 100, expert=name in IMITATORS) if offline else None
     schedule = cls.schedule or SCHEDULES[cls.regime]
-    schedule(Job(agent, None if cls.regime == "offline" else env, data, Run(seed=seed), cfg, seed))
+    schedule(Job(agent, None if offline else env, data, Run(seed=seed), cfg, seed))
     return agent, env
 
 

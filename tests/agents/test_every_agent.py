@@ -17,6 +17,7 @@ import pytest
 import torch
 from agent_helpers import (
     ACT_DIM,
+    IMITATORS,
     OBS_DIM,
     NoHostReads,
     batch_for,
@@ -34,11 +35,14 @@ from rlctl_envs.probes import PROBES
 
 NAMES = agents.names()
 every_agent = pytest.mark.parametrize("name", NAMES)
+every_learner = pytest.mark.parametrize("name", [n for n in NAMES if n not in IMITATORS])
+"""All that learn from rewards."""
+every_imitator = pytest.mark.parametrize("name", sorted(IMITATORS))
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
 @pytest.mark.parametrize("probe", PROBES)
-@every_agent
+@every_learner
 def test_solves_the_probes(name: str, probe: str) -> None:
     agent, env = solve(name, probe)
     starts = {"observation": [[-1.0], [1.0]], "both": [[-1.0], [1.0]], "delayed": [[0.0], [1.0]]}
@@ -50,6 +54,30 @@ def test_solves_the_probes(name: str, probe: str) -> None:
     if probe in ("action", "both"):
         action, _ = agent.act(obs, explore=False)  # 0.2 off costs 0.04; blind or wrong-signed actors are 0.4 off
         assert action.flatten().tolist() == pytest.approx(env.optimal_action(obs).flatten().tolist(), abs=0.2)
+
+
+@pytest.mark.parametrize("probe", ["action", "both"])
+@every_imitator
+def test_an_imitator_copies_an_expert(name: str, probe: str) -> None:
+    """What the probes can ask of it: the actions of the optimal policy, in every observation."""
+    agent, env = solve(name, probe)
+    obs = torch.tensor([[-1.0], [1.0]] if probe == "both" else [[0.0]])
+    action, _ = agent.act(obs, explore=False)
+    assert action.flatten().tolist() == pytest.approx(env.optimal_action(obs).flatten().tolist(), abs=0.02)
+
+
+@every_imitator
+def test_an_imitator_sees_observations_and_actions_alone(name: str) -> None:
+    """Whoever is excused from the probes must have no use for rewards and successors."""
+    results = []
+    for scale in (1.0, -7.0):
+        agent = tiny(name)
+        for seed in range(3):
+            b = batch_for(agent, seed)
+            b = b._replace(reward=scale * b.reward, next_obs=scale * b.next_obs)
+            agent.update(b if scale == 1 else b._replace(terminated=~b.terminated, truncated=~b.truncated))
+        results.append(snapshot(agent))
+    assert differing_keys(*results) == []
 
 
 # ----------------------------------------------------------------------------------------------------- no host reads
@@ -193,7 +221,7 @@ def test_nothing_beyond_a_termination_counts(name: str) -> None:
     assert differing_keys(*results) == []
 
 
-@every_agent
+@every_learner
 def test_the_successor_of_a_truncation_counts(name: str) -> None:
     results = []
     for scale in (1.0, -7.0):

@@ -430,3 +430,44 @@ def test_on_a_cuda_device(write_d4rl: Write) -> None:
     assert data.sample(4).obs.is_cuda
     assert data.sha256 == load_dataset(path).sha256
     assert data.stats().return_max == pytest.approx(11.0)
+
+
+# -------------------------------------------------------------------------------------------------------- best episodes
+def numbered(returns: list[float]) -> Dataset:
+    """Episode k has k % 3 + 1 rows, each showing k, and the given return in its last reward."""
+    lengths = torch.tensor([k % 3 + 1 for k in range(len(returns))])
+    ends, episode = lengths.cumsum(0), torch.arange(len(returns)).repeat_interleave(lengths)
+    reward = torch.zeros(len(episode))
+    reward[ends - 1] = torch.tensor(returns)
+    flag = torch.zeros(len(episode), dtype=torch.bool)
+    obs = episode[:, None].float()
+    extra = {"t": obs[:, 0].clone()}
+    return Dataset(Batch(obs, obs.clone(), reward, obs.clone(), flag, flag, extra), ends, id="numbered", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("num", "share", "kept"), [(10, 0.1, 1), (11, 0.1, 2), (30, 0.1, 3), (4, 0.01, 1), (7, 1.0, 7)]
+)
+def test_best_episodes_are_whole_and_counted_upwards(num: int, share: float, kept: int) -> None:
+    data = numbered(torch.randperm(num, generator=torch.Generator().manual_seed(num)).float().tolist())
+    best = data.best_episodes(share)
+    assert len(best.episode_ends) == kept
+    assert sorted(best.episode_returns().tolist()) == list(range(num - kept, num))
+    chosen = data.episode_returns().argsort(descending=True)[:kept].sort().values
+    expected = torch.cat([torch.full((int(k) % 3 + 1,), float(k)) for k in chosen])
+    for column in (best.rows.obs[:, 0], best.rows.action[:, 0], best.rows.extra["t"]):
+        assert torch.equal(column, expected)
+    assert best.share == share
+    assert (best.id, data.share) == ("numbered", 1.0)
+
+
+def test_best_episodes_of_equal_returns_are_the_earlier_ones() -> None:
+    best = numbered([5.0, 7.0, 5.0, 5.0]).best_episodes(0.75)
+    assert best.rows.obs[:, 0].unique().tolist() == [0.0, 1.0, 2.0]
+    assert best.best_episodes(0.5).share == 0.375
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1])
+def test_best_episodes_of_no_share(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        numbered([1.0]).best_episodes(share)

@@ -233,3 +233,16 @@ def test_mode_and_kl_of_the_squashed() -> None:
 def test_standard_normal_passes_noise_on() -> None:
     noise = torch.ones(2)
     assert module.standard_normal(torch.zeros(2), noise, None) is noise
+
+
+def test_several_draws_of_each_distribution(double: None) -> None:
+    pi = TanhNormal(torch.randn(4, 2), torch.randn(4, 2))
+    noise = torch.randn(7, 4, 2)
+    action, logp = pi.spread(7).sample_log_prob(noise)
+    for k in range(7):
+        one, logp_one = pi.sample_log_prob(noise[k])
+        torch.testing.assert_close(action[k], one)
+        torch.testing.assert_close(logp[k], logp_one)
+    drawn = pi.spread(3).sample(generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (3, 4, 2)
+    assert not torch.equal(drawn[0], drawn[1])

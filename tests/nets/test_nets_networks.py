@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -249,3 +251,90 @@ def test_large_layers_take_the_faster_product_with_the_same_result() -> None:
     double = QEnsemble(10, 6, (256, 256)).double()
     double.load_state_dict(q.state_dict())
     torch.testing.assert_close(q(obs, action).double(), double(obs.double(), action.double()), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- of offline learners
+def test_small_last_layer() -> None:
+    """Hidden biases 0.1, all of the last layer within the bound, hidden weights as ever."""
+    torch.manual_seed(0)
+    net = mlp(6, 40, (8, 8), small_last=3e-3)
+    *hidden, last = linears(net)
+    assert all(bool((m.bias == torch.tensor(0.1)).all()) for m in hidden)
+    for p in (last.weight, last.bias):
+        assert float(p.detach().abs().max()) <= 3e-3
+        assert float(p.detach().abs().max()) > 2e-3
+    assert float(hidden[1].weight.detach().abs().max()) > 0.3  # uniform within 1 / sqrt(8)
+
+
+def test_dropout_silences_units_of_the_hidden_layers(double: None) -> None:
+    torch.manual_seed(0)
+    net = mlp(3, 2, (400,))
+    x = torch.randn(1, 3).expand(300, 3)
+    g = torch.Generator().manual_seed(0)
+    out = net.dropped(x, 0.25, g)
+    kept = torch.rand(300, 400, generator=torch.Generator().manual_seed(0)) >= 0.25
+    hidden = linears(net)[0](x).relu() * kept / 0.75
+    torch.testing.assert_close(out, linears(net)[1](hidden))
+    torch.testing.assert_close(out.mean(0), net(x)[0], rtol=0.02, atol=0.02)  # right in expectation
+    assert not torch.equal(net.dropped(x, 0.25, g), out)
+    assert torch.equal(net.dropped(x, 0.0, g), net(x))
+
+
+def test_dropout_happens_where_it_is_asked_for_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3)
+    for policy in (GaussianPolicy(3, 2, (32,), dropout=0.5), DeterministicPolicy(3, 2, (32,), dropout=0.5)):
+        policy.train()
+        calm, again, dropped = policy(x), policy(x), policy(x, drop=torch.Generator())
+        if isinstance(policy, GaussianPolicy):
+            calm, again, dropped = calm.mean, again.mean, dropped.mean
+        assert torch.equal(calm, again)
+        assert not torch.equal(calm, dropped)
+    plain = GaussianPolicy(3, 2, (32,))
+    assert torch.equal(plain(x, drop=torch.Generator()).mean, plain(x).mean)
+
+
+def test_gaussian_with_a_mean_in_the_box_and_a_bounded_spread(double: None) -> None:
+    """mean tanh(0.4), std 1: the density at 0.9 is that of a plain Gaussian, without a Jacobian."""
+    policy = GaussianPolicy(1, 1, (), tanh_mean=True, log_std_bounds=(-5.0, 2.0))
+    (layer,) = linears(policy)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 0.4)
+    pi = policy(torch.zeros(1, 1))
+    assert float(pi.log_prob(torch.tensor([[0.9]])).detach()) == pytest.approx(-1.0541650741, abs=1e-9)
+    for free, held in ((-9.0, -5.0), (-1.0, -1.0), (7.0, 2.0)):
+        nn.init.constant_(policy.log_std, free)
+        assert float(policy(torch.zeros(1, 1)).log_std.detach()) == held
+        assert float(policy.summary()["policy/std"]) == pytest.approx(math.exp(held))
+
+
+def test_log_std_bounds_of_the_squashed_policy() -> None:
+    torch.manual_seed(0)
+    narrow = TanhGaussianPolicy(3, 2, (8,), log_std_bounds=(-5.0, 2.0), small_last=1e-3)
+    for bias, held in ((-30.0, -5.0), (9.0, 2.0)):
+        nn.init.constant_(linears(narrow)[-1].bias, bias)
+        assert narrow(torch.randn(4, 3)).log_std.detach().unique().tolist() == [held]
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_action_gradients_of_an_ensemble(double: None, layer_norm: bool) -> None:
+    """Values and slopes of each member by itself, and a second derivative that reaches its weights."""
+    torch.manual_seed(0)
+    q = QEnsemble(3, 2, (16, 16), 4, layer_norm=layer_norm)
+    obs, action = torch.randn(5, 3), torch.randn(5, 2)
+    with torch.no_grad():  # it makes the graph it needs
+        values, slopes = q.with_action_gradient(obs, action)
+    torch.testing.assert_close(values, q(obs, action))
+    assert slopes.shape == (4, 5, 2)
+    for e, member in enumerate(q.members):
+        a = action.clone().requires_grad_()
+        (g,) = torch.autograd.grad(member(torch.cat([obs, a], -1)).sum(), a)
+        torch.testing.assert_close(slopes[e], g)
+    first, eps, ends = next(q.members[0].parameters()), 1e-6, []
+    (g,) = torch.autograd.grad(slopes[0, 2, 1], first, retain_graph=True)
+    index = divmod(int(g.abs().argmax()), g.shape[1])
+    for shift in (eps, -2 * eps, eps):
+        first.data[index] += shift
+        ends.append(float(q.with_action_gradient(obs, action)[1][0, 2, 1].detach()))
+    assert float(g[index]) == pytest.approx((ends[0] - ends[1]) / (2 * eps), abs=1e-7)
+    assert float(g[index]) != 0
