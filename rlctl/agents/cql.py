@@ -134,7 +134,7 @@ class CQL(Agent):
 
     @torch.no_grad()
     def candidates(self, b: Batch, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Actions [B, 3n, A] to push down at s, n from the box, n of pi(s'), n of pi(s), and their log-densities [B, 3n].
+        """Actions [B, 3n, A] to push down at s: n from the box, n of pi(s'), n of pi(s); and log-densities [B, 3n].
 
         `noise`: uniform on [0, 1), normal, normal, each [n, B, A].
         """
