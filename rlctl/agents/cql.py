@@ -134,15 +134,19 @@ class CQL(Agent):
 
     @torch.no_grad()
     def candidates(self, b: Batch, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+<<<<<<< HEAD
         """Actions [B, 3n, A] to push down at s: n from the box, n of pi(s'), n of pi(s); and log-densities [B, 3n].
+=======
+        """Actions [B, 3n, A] to push down at s: n of the box, of pi(s'), of pi(s); and their log-densities [B, 3n].
+>>>>>>> 80d78352229b13391a0aa20cc0dfd44beb9d6999
 
-        `noise`: uniform on [0, 1), normal, normal, each [n, B, A].
+        `noise`: uniform on [0, 1), normal, normal, each [n, B, A]. Proposals: s' serves also where the episode ended.
         """
-        n, rng, like = self.cfg.num_actions, self.rng["sample"], b.action
+        n, rng, like = self.cfg.num_actions, self.rng["sample"], b.action.expand(self.cfg.num_actions, *b.action.shape)
         uniform, at_next, at_obs = noise or (None, None, None)
         if uniform is None:
-            uniform = torch.rand((n, *like.shape), generator=rng, dtype=like.dtype, device=like.device)
-        box = like.new_full((n, len(like)), -self.spec.act_dim * math.log(2))
+            uniform = torch.rand(like.shape, generator=rng, dtype=like.dtype, device=like.device)
+        box = like.new_full(like.shape[:-1], -self.spec.act_dim * math.log(2))
         following, logp_following = self.pi(b.next_obs).spread(n).sample_log_prob(at_next, rng)
         here, logp_here = self.pi(b.obs).spread(n).sample_log_prob(at_obs, rng)
         actions = torch.cat([2 * uniform - 1, following, here]).movedim(0, 1)

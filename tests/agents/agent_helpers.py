@@ -76,7 +76,7 @@ SOLVE: dict[str, dict[str, Any]] = {
     "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
     "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
     # near the best action in the data: a high expectile, sharp weights
-    "iql": {"steps": 1500, "expectile": 0.99, "beta": 30.0, "v_lr": 1e-2, "hidden": (64, 64), "critic_lr": 2e-3},
+    "iql": {"steps": 3000, "expectile": 0.99, "beta": 30.0, "v_lr": 5e-3, "hidden": (64, 64), "critic_lr": 1e-3},
     "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
     # pessimism light, for the same reason
     "cql": {"steps": 1500, "cql_weight": 0.002, "num_actions": 4, "alpha": 0.005, "learn_alpha": False, "bc_steps": 0},
