@@ -134,11 +134,7 @@ class CQL(Agent):
 
     @torch.no_grad()
     def candidates(self, b: Batch, noise: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-<<<<<<< HEAD
-        """Actions [B, 3n, A] to push down at s: n from the box, n of pi(s'), n of pi(s); and log-densities [B, 3n].
-=======
         """Actions [B, 3n, A] to push down at s: n of the box, of pi(s'), of pi(s); and their log-densities [B, 3n].
->>>>>>> 80d78352229b13391a0aa20cc0dfd44beb9d6999
 
         `noise`: uniform on [0, 1), normal, normal, each [n, B, A]. Proposals: s' serves also where the episode ended.
         """
