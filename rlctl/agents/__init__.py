@@ -51,6 +51,10 @@ ENTRIES = {
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
         Entry("prdc", "rlctl.agents.prdc:PRDC", "arXiv:2306.06569", "offline TD3 drawn to the nearest data point"),
         Entry("a2pr", "rlctl.agents.a2pr:A2PR", "arXiv:2405.19909", "TD3+BC on the better of data and VAE actions"),
+        Entry(
+            "odice", "rlctl.agents.odice:ODICE", "arXiv:2402.00348", "DICE by orthogonal gradients, weighted cloning"
+        ),
+        Entry("odice-il", "rlctl.agents.odice_il:ODICEIL", "arXiv:2402.00348", "ODICE that imitates one trajectory"),
     )
 }
 

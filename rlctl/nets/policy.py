@@ -35,7 +35,11 @@ def require(policy: Policy, *capabilities: str, by: str) -> None:
 
 
 class GaussianPolicy(Policy):
-    """Diagonal Gaussian with an MLP mean and one free log-std per action dimension (not squashed, not bounded)."""
+    """Diagonal Gaussian with an MLP mean and one free log-std per action dimension (not squashed, not bounded).
+
+    `tanh_mean` keeps the mean within (-1, 1) (the density is still that of a plain Gaussian), `log_std_bounds` clamps
+    the log-std.
+    """
 
     can = frozenset({"sample", "reparam", "log_prob", "entropy", "kl", "mode"})
 
@@ -48,20 +52,29 @@ class GaussianPolicy(Policy):
         *,
         log_std: float = 0.0,
         orthogonal: float | None = 0.01,
+        tanh_mean: bool = False,
+        log_std_bounds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.mean = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
         self.log_std = nn.Parameter(torch.full((act_dim,), log_std))
+        self.tanh_mean, self.log_std_bounds = tanh_mean, log_std_bounds
 
     def forward(self, obs: Tensor) -> Normal:
         """The distribution at `obs` [..., O]."""
-        return Normal(self.mean(obs), self.log_std)
+        mean = self.mean(obs)
+        return Normal(mean.tanh() if self.tanh_mean else mean, self.bounded_log_std())
+
+    def bounded_log_std(self) -> Tensor:
+        """The log-std [A] of every state."""
+        return self.log_std if self.log_std_bounds is None else self.log_std.clamp(*self.log_std_bounds)
 
     @torch.no_grad()
     def summary(self) -> dict[str, Tensor]:
         """What to log of the spread, which is the same in every state: entropy (nats) and mean standard deviation."""
-        entropy = Normal(self.log_std, self.log_std).entropy()  # of any mean
-        return {"policy/entropy": entropy, "policy/std": self.log_std.exp().mean()}
+        log_std = self.bounded_log_std()
+        entropy = Normal(log_std, log_std).entropy()  # of any mean
+        return {"policy/entropy": entropy, "policy/std": log_std.exp().mean()}
 
 
 class TanhGaussianPolicy(Policy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from rlctl.nets import (
     TanhMixturePolicy,
     TanhNormal,
     ValueNet,
+    VEnsemble,
     mlp,
     require,
 )
@@ -249,3 +252,28 @@ def test_large_layers_take_the_faster_product_with_the_same_result() -> None:
     double = QEnsemble(10, 6, (256, 256)).double()
     double.load_state_dict(q.state_dict())
     torch.testing.assert_close(q(obs, action).double(), double(obs.double(), action.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_gaussian_policy_with_bounds(double: None) -> None:
+    """mean = tanh(0.4), std 1, a = 0.9: log-density -1.0541650741, without a Jacobian; a clamped log-std."""
+    policy = GaussianPolicy(3, 1, (), "relu", tanh_mean=True, log_std_bounds=(-5.0, 2.0))
+    for p in policy.mean.parameters():
+        p.data.zero_()
+    policy.mean[-1].bias.data.fill_(0.4)
+    obs, action = torch.zeros(1, 3), torch.tensor([[0.9]])
+    assert float(policy(obs).log_prob(action).detach()) == pytest.approx(-1.0541650741, abs=1e-9)
+    for raw, bounded in ((-9.0, -5.0), (9.0, 2.0), (0.3, 0.3)):
+        policy.log_std.data.fill_(raw)
+        assert float(policy(obs).log_std.detach()) == pytest.approx(bounded)
+        assert float(policy.summary()["policy/std"]) == pytest.approx(math.exp(bounded))
+
+
+def test_v_ensemble_equals_separate_networks() -> None:
+    torch.manual_seed(0)
+    values, obs = VEnsemble(3, (8,), num=3, layer_norm=True), torch.randn(4, 5, 3)
+    out = values(obs)
+    assert out.shape == (3, 4, 5)
+    for member, one in zip(values.members, out, strict=True):
+        torch.testing.assert_close(member(obs)[..., 0], one)
+    assert not torch.allclose(out[0], out[1])
+    assert any(isinstance(m, nn.LayerNorm) for m in values.modules())
