@@ -56,6 +56,10 @@ ENTRIES = {
         Entry("cql", "rlctl.agents.cql:CQL", "arXiv:2006.04779", "soft actor-critic with conservative critics"),
         Entry("awac", "rlctl.agents.awac:AWAC", "arXiv:2006.09359", "actor-critic with an advantage-weighted policy"),
         Entry("edac", "rlctl.agents.edac:EDAC", "arXiv:2110.01548", "many diverse critics, the smallest counts"),
+        Entry(
+            "odice", "rlctl.agents.odice:ODICE", "arXiv:2402.00348", "DICE by orthogonal gradients, weighted cloning"
+        ),
+        Entry("odice-il", "rlctl.agents.odice_il:ODICEIL", "arXiv:2402.00348", "ODICE that imitates one trajectory"),
     )
 }
 

@@ -150,6 +150,22 @@ class Dataset:
         out[self.episode_ends - 1] = True
         return out
 
+    def episode(self, index: int, seed: int = 0) -> Dataset:
+        """The one episode `index` (0 is the first recorded) as a dataset of its own; its rows are views."""
+        ends = self.episode_ends.tolist()
+        if not 0 <= index < len(ends):
+            raise IndexError(f"no episode {index}: '{self.id}' has {len(ends)}, so it is in 0..{len(ends) - 1}")
+        start, stop = (0, *ends)[index], ends[index]
+        return Dataset(
+            self.rows.map(lambda x: x[start:stop]),
+            torch.tensor([stop - start]),
+            id=self.id,
+            env_id=self.env_id,
+            returns=self.episode_returns()[index : index + 1],
+            action_box=self.action_box,
+            seed=seed,
+        )
+
     def episode_returns(self) -> Tensor:
         """[E] float64: the undiscounted return of each episode, in the environment's own reward."""
         if self._returns is None:

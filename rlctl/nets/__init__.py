@@ -1,6 +1,6 @@
 """Networks: modules without losses."""
 
-from rlctl.nets.critic import QEnsemble, ValueNet
+from rlctl.nets.critic import QEnsemble, ValueNet, VEnsemble
 from rlctl.nets.distributions import Normal, NormalMixture, TanhNormal, TanhNormalMixture
 from rlctl.nets.mlp import mlp
 from rlctl.nets.normalizer import ObsNorm, RewardScale
@@ -28,6 +28,7 @@ __all__ = [
     "TanhMixturePolicy",
     "TanhNormal",
     "TanhNormalMixture",
+    "VEnsemble",
     "ValueNet",
     "mlp",
     "require",

@@ -30,6 +30,26 @@ class ValueNet(nn.Module):
         return self.net(obs).squeeze(-1)
 
 
+class VEnsemble(nn.Module):
+    """E independent values V_e(s): `[..., O] -> [E, ...]`."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        hidden: Sequence[int],
+        num: int = 2,
+        activation: Activation = "relu",
+        *,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(mlp(obs_dim, 1, hidden, activation, layer_norm=layer_norm) for _ in range(num))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Values [E, ...] of `obs` [..., O]."""
+        return torch.stack([v(obs).squeeze(-1) for v in self.members])
+
+
 class QEnsemble(nn.Module):
     """E independent critics Q_e(s, a): `[..., O], [..., A] -> [E, ...]`."""
 

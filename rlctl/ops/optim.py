@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,12 @@ class Adam(torch.optim.Adam):
         return state
 
 
-def adam(params: Iterable[nn.Parameter], lr: float, eps: float = 1e-8) -> Adam:
-    """Adam with one kernel call per step (a loop over parameters costs as much as a small network)."""
-    return Adam(list(params), lr=lr, eps=eps, fused=True)
+def adam(params: Iterable[nn.Parameter], lr: float, eps: float = 1e-8, weight_decay: float = 0.0) -> Adam:
+    """Adam with one kernel call per step (a loop over parameters costs as much as a small network).
+
+    `weight_decay` times the parameter is added to the gradient (an L2 penalty, not AdamW's decay).
+    """
+    return Adam(list(params), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def minimize(loss: Tensor, opt: torch.optim.Optimizer, max_grad_norm: float | None = None) -> Tensor:
@@ -76,16 +79,27 @@ def minimize(loss: Tensor, opt: torch.optim.Optimizer, max_grad_norm: float | No
     return loss.detach()
 
 
-def gradients(loss: Tensor, opt: torch.optim.Optimizer, *, allow_unused: bool = False) -> list[Tensor | None]:
+@overload
+def gradients(
+    loss: Tensor, opt: torch.optim.Optimizer, *, allow_unused: Literal[False] = ..., retain_graph: bool = ...
+) -> list[Tensor]: ...
+@overload
+def gradients(
+    loss: Tensor, opt: torch.optim.Optimizer, *, allow_unused: bool, retain_graph: bool = ...
+) -> list[Tensor | None]: ...
+def gradients(
+    loss: Tensor, opt: torch.optim.Optimizer, *, allow_unused: bool = False, retain_graph: bool = False
+) -> list[Tensor] | list[Tensor | None]:
     """Gradients of `loss` in the parameters of `opt`, in their order.
 
     No other network receives any, and backward skips the weight gradients of networks the loss merely passes through
     (a frozen critic under an actor loss). A parameter that `loss` does not depend on is an error unless `allow_unused`,
-    which gives None for it: that step then leaves it alone.
+    which gives None for it: that step then leaves it alone. `retain_graph` keeps the graph for another loss that shares
+    a part of it.
     """
     params = _params(opt)
     with wanted(params):
-        return list(torch.autograd.grad(loss, params, allow_unused=allow_unused))
+        return list(torch.autograd.grad(loss, params, allow_unused=allow_unused, retain_graph=retain_graph))
 
 
 def apply_gradients(

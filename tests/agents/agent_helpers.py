@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
     "fixup_minibatch_size": 32,
     "hidden": (16, 16),
     "critic_hidden": (16, 16),
+    "v_hidden": (16, 16),
     "vae_hidden": (16, 16),
     "num_envs": NUM_ENVS,
     "horizon": HORIZON,
@@ -74,6 +75,9 @@ SOLVE: dict[str, dict[str, Any]] = {
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
     "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
+    "odice-il": {"steps": 600, "trajectory": 0, "v_lr": 1e-2},
+    # lam 1/2 makes a reward of 1 in every step worth 1; see REWARD_SCALE for the rest
+    "odice": {"steps": 1500, "lam": 0.5, "v_hidden": (64, 64), "v_lr": 3e-2, "layer_norm": False},
     "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
     # near the best action in the data: a high expectile, sharp weights
     "iql": {"steps": 3000, "expectile": 0.99, "beta": 30.0, "v_lr": 5e-3, "hidden": (64, 64), "critic_lr": 1e-3},
@@ -84,6 +88,11 @@ SOLVE: dict[str, dict[str, Any]] = {
     "bc": {"steps": 1000},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
+
+REWARD_SCALE: dict[str, float] = {"odice": 100.0}
+"""By how much a probe's rewards are multiplied for learning, and values divided. The divergence of ODICE has an
+absolute scale: rewards must be large against it (in its authors' runs returns range over 1000) for the value to be that
+of the best actions in the data."""
 
 DEFAULT_STEPS = {"on_policy": 8 * 16 * 100, "off_policy": 1500, "offline": 1500}
 
@@ -204,24 +213,30 @@ IMITATORS = {"bc"}
 """They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
 
 
-def random_dataset(env: ProbeEnv, steps: int, seed: int = 0, expert: bool = False) -> Dataset:
-    """What a uniformly random policy (or the optimal one) meets in `steps` vector steps, world after world."""
+def probe_dataset(env: ProbeEnv, steps: int, seed: int = 0, expert: bool = False) -> Dataset:
+    """What a uniformly random policy meets in `steps` vector steps, world after world.
+
+    `expert`: what the best policy meets, put together as the one episode of a demonstration.
+    """
     g = torch.Generator().manual_seed(seed)
     obs, _ = env.reset(seed=seed)
     rows = []
     for _ in range(steps):
-        action = env.optimal_action(obs) if expert else torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1
+        action = torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1
+        action = env.optimal_action(obs) if expert else action
         following, reward, terminated, truncated, info = env.step(action)
         rows.append(Batch(obs, action, reward, info["next_obs"], terminated, truncated))
         obs = following
     stacked = Batch(*[torch.stack(x, 1).flatten(0, 1) for x in list(zip(*rows, strict=True))[:6]])
     ends = (stacked.terminated | stacked.truncated).clone()
     ends[steps - 1 :: steps] = True  # the last row of each world
-    return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"random-{env.id}", seed=seed)
+    if expert:
+        ends[:-1] = False
+    return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"made-up-{env.id}", seed=seed)
 
 
-def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent, ProbeEnv]:
-    """Train the algorithm on a probe, through the schedule a run would use."""
+def solve(name: str, probe: str, seed: int = 0, *, expert: bool = False, **overrides: Any) -> tuple[Agent, ProbeEnv]:
+    """Train the algorithm on a probe, through the schedule a run would use; `expert`: from the best actions' data."""
     cls = agents.get(name)
     cfg = config(name, FAST, {"steps": DEFAULT_STEPS[cls.regime]}, SOLVE.get(name, {}), overrides)
     num_envs = getattr(cfg, "num_envs", 8)
@@ -229,7 +244,10 @@ def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent
     spec = Spec(env.obs_dim, env.act_dim, num_envs, env.device, env.episode_len, seed)
     agent = agents.make(name, spec, cfg)
     offline = cls.regime == "offline"
-    data = random_dataset(make_probe(probe, 8), 100, expert=name in IMITATORS) if offline else None
+    expert = expert or name in IMITATORS
+    data = probe_dataset(make_probe(probe, 8), 100, expert=expert) if offline else None
+    if data is not None and name in REWARD_SCALE:
+        data.rows = data.rows._replace(reward=REWARD_SCALE[name] * data.rows.reward)
     schedule = cls.schedule or SCHEDULES[cls.regime]
     schedule(Job(agent, None if offline else env, data, Run(seed=seed), cfg, seed))
     return agent, env
@@ -245,6 +263,7 @@ def value_of(agent: Agent, obs: Tensor) -> Tensor:
             break
     if hasattr(agent, "v"):
         value: Tensor = agent.v(seen)
+        value = value.mean(0) if value.dim() == 2 else value  # an ensemble
     elif hasattr(agent, "q"):
         value = agent.q(seen, agent.act(obs, explore=False)[0]).mean(0)
     else:

@@ -19,6 +19,7 @@ from rlctl.nets import (
     TanhMixturePolicy,
     TanhNormal,
     ValueNet,
+    VEnsemble,
     mlp,
     require,
 )
@@ -338,3 +339,28 @@ def test_action_gradients_of_an_ensemble(double: None, layer_norm: bool) -> None
         ends.append(float(q.with_action_gradient(obs, action)[1][0, 2, 1].detach()))
     assert float(g[index]) == pytest.approx((ends[0] - ends[1]) / (2 * eps), abs=1e-7)
     assert float(g[index]) != 0
+
+
+def test_gaussian_policy_with_bounds(double: None) -> None:
+    """mean = tanh(0.4), std 1, a = 0.9: log-density -1.0541650741, without a Jacobian; a clamped log-std."""
+    policy = GaussianPolicy(3, 1, (), "relu", tanh_mean=True, log_std_bounds=(-5.0, 2.0))
+    for p in policy.mean.parameters():
+        p.data.zero_()
+    policy.mean[-1].bias.data.fill_(0.4)
+    obs, action = torch.zeros(1, 3), torch.tensor([[0.9]])
+    assert float(policy(obs).log_prob(action).detach()) == pytest.approx(-1.0541650741, abs=1e-9)
+    for raw, bounded in ((-9.0, -5.0), (9.0, 2.0), (0.3, 0.3)):
+        policy.log_std.data.fill_(raw)
+        assert float(policy(obs).log_std.detach()) == pytest.approx(bounded)
+        assert float(policy.summary()["policy/std"]) == pytest.approx(math.exp(bounded))
+
+
+def test_v_ensemble_equals_separate_networks() -> None:
+    torch.manual_seed(0)
+    values, obs = VEnsemble(3, (8,), num=3, layer_norm=True), torch.randn(4, 5, 3)
+    out = values(obs)
+    assert out.shape == (3, 4, 5)
+    for member, one in zip(values.members, out, strict=True):
+        torch.testing.assert_close(member(obs)[..., 0], one)
+    assert not torch.allclose(out[0], out[1])
+    assert any(isinstance(m, nn.LayerNorm) for m in values.modules())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlctl.ops import adam, frozen_copy, minimize, polyak
+from rlctl.ops import adam, frozen_copy, gradients, minimize, polyak
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -144,3 +144,28 @@ def test_frozen_copy_is_separate_and_without_gradient() -> None:
     before = snapshot(lagged)
     minimize(net(torch.randn(4, 2)).square().sum(), torch.optim.SGD(net.parameters(), lr=0.1))
     assert all(torch.equal(a, b) for a, b in zip(before, lagged.parameters(), strict=True))
+
+
+def test_weight_decay_is_an_l2_penalty_inside_adam() -> None:
+    first, second, x = pair()
+    twin = copy.deepcopy(first)
+    ours, theirs = adam(first.parameters(), 0.01, weight_decay=0.1), torch.optim.Adam(twin.parameters(), 0.01)
+    for _ in range(3):
+        minimize(loss_of(first, second, x), ours)
+        penalty = sum(p.square().sum() for p in twin.parameters())
+        minimize(loss_of(twin, second, x) + 0.05 * penalty, theirs)
+    for a, b in zip(first.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_two_losses_of_one_graph() -> None:
+    first, second, x = pair()
+    opt = adam(first.parameters(), 0.1)
+    shared = second(first(x).tanh())
+    a = gradients(shared.sum(), opt, retain_graph=True)
+    b = gradients(shared.square().sum(), opt)
+    for got, loss in ((a, second(first(x).tanh()).sum()), (b, loss_of(first, second, x))):
+        for g, expected in zip(got, torch.autograd.grad(loss, list(first.parameters())), strict=True):
+            torch.testing.assert_close(g, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(shared.sum(), opt)
