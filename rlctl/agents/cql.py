@@ -192,7 +192,7 @@ class CQL(Agent):
         """Temperature, multiplier, critics, actor, lagged critics; the actor's gradient is that at the old critics."""
         c, b = self.cfg, self.seen(b)
         self.counters["updates"] += 1
-        later: list[tuple[torch.optim.Optimizer, list[Tensor | None]]] = []
+        later: list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]] = []
 
         def step(loss: Tensor, opt: torch.optim.Optimizer) -> None:
             if c.simultaneous:
