@@ -112,7 +112,7 @@ def test_actions_are_clipped_to_the_box() -> None:
     obs = 1e4 * torch.randn(50, 3)
     assert float(agent.pi(obs).mean.detach().abs().max()) > 1  # the mean is free
     for explore in (False, True):
-        assert float(agent.act(obs, explore)[0].abs().max()) == 1.0
+        assert float(agent.act(obs, explore)[0].detach().abs().max()) == 1.0
 
 
 def test_observations_are_z_scored() -> None:
