@@ -33,7 +33,7 @@ from rlctl.errors import UsageError
 from rlctl.provenance import versions
 from rlctl.types import Agent
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Part(Protocol):

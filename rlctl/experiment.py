@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -216,11 +217,16 @@ def pick_device(asked: str) -> tuple[torch.device, str]:
 def torch_threads(cfg: Any) -> int:
     """CPU threads that pay off for the updates of an agent with config `cfg`: all cores, or one for small networks.
 
-    Two threads that share a product of a few million multiply-adds spend more on meeting than they save.
+    Two threads that share a product of a few million multiply-adds spend more on meeting than they save. The variable
+    OMP_NUM_THREADS has the last word. A config whose sizes cannot be told (no field `...hidden`) gets all cores.
     """
-    rows = int(getattr(cfg, "minibatch_size", 0) or getattr(cfg, "batch_size", 1))
-    width = int(max(getattr(cfg, "hidden", (1,)), default=1))
-    return 1 if rows * width**2 < WORTH_SHARING else available_cores()
+    if chosen := os.environ.get("OMP_NUM_THREADS"):
+        return int(chosen)
+    rows = getattr(cfg, "minibatch_size", 0) or getattr(cfg, "batch_size", 0)
+    rows = rows or getattr(cfg, "num_envs", 1) * getattr(cfg, "horizon", 1)  # updates on the whole rollout
+    widths = [w for name, ws in vars(cfg).items() if name.endswith("hidden") for w in ws or ()]
+    small = widths and rows * max(widths) ** 2 < WORTH_SHARING
+    return 1 if small else available_cores()
 
 
 def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:

@@ -91,6 +91,8 @@ class EpisodeStats:
 
     def add(self, reward: Tensor, done: Tensor) -> None:
         """Take in one vector step: reward [N], episode ends [N]."""
+        if self._pending and self._pending[-1][0].shape != reward.shape:
+            self._settle()  # another environment, of another number of worlds
         self._pending.append((reward, done))  # never written over: see `VecEnv`
         if len(self._pending) >= self.SPAN:
             self._settle()

@@ -95,6 +95,7 @@ def on_policy(
     *,
     steps: int | None = None,
     horizon: int | None = None,
+    stagger: bool | None = None,
     learn: Learn | None = None,
     stage: str = "on_policy",
 ) -> None:
@@ -103,12 +104,13 @@ def on_policy(
     What is not given comes from the agent's config.
     """
     steps, horizon = agent.cfg.steps if steps is None else steps, agent.cfg.horizon if horizon is None else horizon
+    stagger = getattr(agent.cfg, "stagger", False) if stagger is None else stagger
     learn = learn or agent.update
     now = run.stage(agent, stage)
     if now.env_steps >= steps:
         return
     rollout = Rollout(horizon, agent.spec.device)
-    obs = run.begin(agent, now, env=env, left=steps - now.env_steps, stagger=agent.cfg.stagger)
+    obs = run.begin(agent, now, env=env, left=steps - now.env_steps, stagger=stagger)
     while now.env_steps < steps:
         with run.timed("collect"):
             for _ in range(horizon):

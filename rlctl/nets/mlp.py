@@ -21,6 +21,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+ACTIVATION_TYPES: dict[FusedActivation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
 class Linear(nn.Linear):
     """`nn.Linear` through the faster kernels of this machine (`rlctl.ops.matmul`)."""
 
@@ -37,7 +40,7 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`."""
-        if self.fused is None:
+        if self.fused is None or not self._as_built(ACTIVATION_TYPES[self.fused]):
             return self.by_layers(input)
         return dense(input, [p for m in self if isinstance(m, Linear) for p in (m.weight, m.bias)], self.fused)
 
@@ -56,6 +59,15 @@ class MLP(nn.Sequential):
                 kept = torch.rand(input.shape, generator=generator, dtype=input.dtype, device=input.device) >= p
                 input = input * kept / (1 - p)
         return self[-1](input)
+
+    def _as_built(self, activation: type[nn.Module]) -> bool:
+        """Whether the layers are still those of `mlp`, without hooks: else they run one by one."""
+        layers = list(self._modules.values())
+        return len(layers) % 2 == 1 and all(
+            type(m) is (activation if i % 2 else Linear) and not m._forward_hooks and not m._forward_pre_hooks
+            for i, m in enumerate(layers)
+            if m is not None
+        )
 
     def features(self, input: Tensor) -> Tensor:
         """What the last layer sees, `[..., in] -> [..., width of the last hidden layer]`: `net[-1]` goes on from it."""

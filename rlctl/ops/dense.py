@@ -9,6 +9,7 @@ for. `rlctl.ops.gradients` sets it, so that an actor loss through a critic skips
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,19 +21,24 @@ from rlctl.ops.matmul import SMALLEST, linear, matmul
 
 FusedActivation = Literal["relu", "tanh"]
 
-_wanted: frozenset[int] | None = None
-"""ids of the parameters whose gradients are asked for; None: of all."""
+
+class _Asked(threading.local):
+    """Of each thread: ids of the parameters whose gradients are asked for; None: of all."""
+
+    ids: frozenset[int] | None = None
+
+
+_asked = _Asked()
 
 
 @contextmanager
 def wanted(params: Sequence[Tensor]) -> Iterator[None]:
     """Within, backward passes compute gradients of no other parameters of `dense` than `params`."""
-    global _wanted
-    before, _wanted = _wanted, frozenset(map(id, params))
+    before, _asked.ids = _asked.ids, frozenset(map(id, params))
     try:
         yield
     finally:
-        _wanted = before
+        _asked.ids = before
 
 
 def dense(x: Tensor, params: Sequence[Tensor], activation: FusedActivation) -> Tensor:
@@ -49,7 +55,7 @@ def dense(x: Tensor, params: Sequence[Tensor], activation: FusedActivation) -> T
 
 def _one_node(x: Tensor, params: Sequence[Tensor]) -> bool:
     """Whether `_Dense` pays off (its own overhead is that of several nodes) and can do what is asked."""
-    rows = x.numel() // x.shape[-1]
+    rows = x.numel() // max(x.shape[-1], 1)
     return (
         rows * max(w.numel() for w in params[::2]) >= SMALLEST
         and x.device.type == "cpu"
@@ -58,6 +64,7 @@ def _one_node(x: Tensor, params: Sequence[Tensor]) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -78,16 +85,19 @@ class _Dense(torch.autograd.Function):
     def forward(ctx: Any, activation: FusedActivation, x: Tensor, *params: Tensor) -> Tensor:
         layers = _layers(x, params, activation)
         ctx.activation = activation
+        # only of a leaf can be known whether its gradient was asked for: others lead on to what was
+        ctx.ids = [id(p) if p.is_leaf else None for p in params]
         ctx.save_for_backward(*params, *layers[:-1])
         return layers[-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        depth = len(ctx.saved_tensors) // 3
-        params, layers = ctx.saved_tensors[: 2 * depth], ctx.saved_tensors[2 * depth :]
-        need = ctx.needs_input_grad[1:]
-        if _wanted is not None:
-            need = need[:1] + tuple(n and id(p) in _wanted for n, p in zip(need[1:], params, strict=True))
+        saved = ctx.saved_tensors
+        depth = len(saved) // 3
+        params, layers = saved[: 2 * depth], saved[2 * depth :]
+        need, asked = ctx.needs_input_grad[1:], _asked.ids
+        if asked is not None:
+            need = need[:1] + tuple(n and (i is None or i in asked) for n, i in zip(need[1:], ctx.ids, strict=True))
         if torch.is_grad_enabled():  # somebody differentiates this backward pass: let autograd see every operation
             return None, *_differentiable(ctx.activation, grad, layers[0], params, need)
         grads: list[Tensor | None] = [None] * (2 * depth)
@@ -112,7 +122,9 @@ def _differentiable(
     activation: FusedActivation, grad: Tensor, x: Tensor, params: Sequence[Tensor], need: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients by autograd, from the beginning, with a graph."""
-    out = _layers(x, params, activation)[-1]
-    inputs = [t for t, n in zip((x, *params), need, strict=True) if n]
+    # aliases: x may come from these very parameters, and only what happens in this network counts
+    tensors = [t.view_as(t) for t in (x, *params)]
+    out = _layers(tensors[0], tensors[1:], activation)[-1]
+    inputs = [t for t, n in zip(tensors, need, strict=True) if n]
     found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
     return [next(found) if n else None for n in need]

@@ -18,8 +18,19 @@ class Adam(torch.optim.Adam):
     """`torch.optim.Adam(fused=True)`, state and results bit for bit, with less around the kernel.
 
     The packaged `step` spends several times the kernel's own time on options nobody here uses; at the network sizes of
-    this field that was a fifth of a whole gradient step.
+    this field that was a fifth of a whole gradient step. Options of torch's that are not parameters here do not exist.
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a gradient scaler then unscales and skips by itself
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on the parameters that have a gradient."""
@@ -30,9 +41,16 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step_with(self, grads: Sequence[Tensor | None]) -> None:
         """One step along `grads`, in the order of the parameters; a parameter whose gradient is None stays."""
+        if len(grads) != sum(len(group["params"]) for group in self.param_groups):
+            raise ValueError(f"{len(grads)} gradients for {len(_params(self))} parameters")
         rest = iter(grads)
         for group in self.param_groups:
-            pairs = [(p, g) for p, g in zip(group["params"], rest, strict=False) if g is not None]
+            # the kernel takes both for laid out alike, which the gradient of a sum or of a transpose is not
+            pairs = [
+                (p, g if g.stride() == p.stride() else torch.empty_like(p).copy_(g))
+                for p in group["params"]
+                if (g := next(rest)) is not None
+            ]
             states = [self.state[p] or self._begin(p) for p, _ in pairs]
             steps = [s["step"] for s in states]
             if not steps:
@@ -66,7 +84,7 @@ def adam(params: Iterable[nn.Parameter], lr: float, eps: float = 1e-8, weight_de
 
     `weight_decay` times the parameter is added to the gradient (an L2 penalty, not AdamW's decay).
     """
-    return Adam(list(params), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+    return Adam(list(params), lr, eps=eps, weight_decay=weight_decay)
 
 
 def minimize(loss: Tensor, opt: torch.optim.Optimizer, max_grad_norm: float | None = None) -> Tensor:
@@ -105,12 +123,13 @@ def gradients(
 def apply_gradients(
     opt: torch.optim.Optimizer, grads: Sequence[Tensor | None], max_grad_norm: float | None = None
 ) -> None:
-    """Step `opt` with `grads`; `max_grad_norm` first rescales them, in place, to that global L2 norm when longer."""
+    """Step `opt` with `grads`, first rescaled to the global L2 norm `max_grad_norm` when they are longer."""
     params = _params(opt)
-    if max_grad_norm is not None:
-        present = [g for g in grads if g is not None]
+    if max_grad_norm is not None and (present := [g for g in grads if g is not None]):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
-        torch._foreach_mul_(present, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        # not in place: autograd may hand out one tensor for two parameters, or one that is expanded
+        scaled = iter(torch._foreach_mul(present, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)))
+        grads = [None if g is None else next(scaled) for g in grads]
     if isinstance(opt, Adam):
         opt.step_with(grads)
     else:

@@ -187,3 +187,68 @@ def test_layer_norm_and_other_activations_run_layer_by_layer() -> None:
     for net in (mlp(5, 2, (16,), layer_norm=True), mlp(5, 2, (16,), "silu")):
         x = torch.randn(4, 5)
         assert torch.equal(net(x), one_by_one(net)(x))
+
+
+# --------------------------------------------------------------------------------------- what a reader would trip over
+def test_a_network_that_meets_itself_with_a_graph(forced: None) -> None:
+    """The input comes from the same weights: with and without a graph the first derivatives are the same."""
+    torch.manual_seed(0)
+    net = mlp(5, 5, (16,), "tanh").double()
+    x, params = torch.randn(7, 5, dtype=torch.float64), list(net.parameters())
+    loss = net(net(x)).square().mean()
+    with_graph = torch.autograd.grad(loss, params, create_graph=True)
+    plain = torch.autograd.grad(one_by_one(net)(one_by_one(net)(x)).square().mean(), params)
+    for a, b in zip(with_graph, plain, strict=True):
+        torch.testing.assert_close(a.detach(), b, rtol=1e-10, atol=1e-13)
+
+
+def test_weights_that_are_no_leaves_keep_their_gradient(forced: None) -> None:
+    """Fast weights of an inner step, an adapter, a hypernetwork: the loss must reach what they were made of."""
+    net, x = network("tanh"), torch.randn(7, 5, dtype=torch.float64)
+    opt = adam(net.parameters(), 1e-3)
+
+    def loss() -> Tensor:
+        fast = {name: p * 0.9 for name, p in net.named_parameters()}
+        return torch.func.functional_call(net, fast, (x,)).square().mean()
+
+    inner = [p * 0.9 for p in net.parameters()]
+    h = torch.tanh(x @ inner[0].t() + inner[1])
+    exact = (torch.tanh(h @ inner[2].t() + inner[3]) @ inner[4].t() + inner[5]).square().mean()
+    for a, b in zip(gradients(loss(), opt), torch.autograd.grad(exact, list(net.parameters())), strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_threads_do_not_disturb_each_other(forced: None) -> None:
+    import threading
+
+    failures: list[BaseException] = []
+
+    def train(seed: int) -> None:
+        try:
+            net = mlp(5, 2, (16,)).double()
+            opt = adam(net.parameters(), 1e-3)
+            for _ in range(60):
+                gradients(net(torch.randn(8, 5, dtype=torch.float64)).square().mean(), opt)
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=train, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failures == []
+
+
+def test_a_changed_network_runs_as_it_is_now(forced: None) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    replaced, longer, hooked = network("relu"), network("relu"), network("relu")
+    replaced[2] = nn.Linear(16, 12).double()
+    longer.append(nn.Tanh())
+    seen: list[int] = []
+    hooked.hidden0.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[operator, union-attr]
+    for net in (replaced, longer, hooked):
+        assert torch.equal(net(x), one_by_one(net)(x))
+        assert not is_one_node(net(x))
+    assert len(seen) == 3

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlctl.ops import adam, frozen_copy, gradients, minimize, polyak
+from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
+from rlctl.ops.optim import Adam
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -169,3 +170,36 @@ def test_gradients_of_two_losses_of_one_graph() -> None:
             torch.testing.assert_close(g, expected)
     with pytest.raises(RuntimeError, match="second time"):
         gradients(shared.sum(), opt)
+
+
+def test_gradients_of_any_layout_and_length() -> None:
+    """A sum's gradient is expanded, a transpose's is strided: the kernel must not take either for dense."""
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.arange(12.0).view(3, 4))
+    opt = adam([a, b], 0.1)
+    w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    exact = [torch.nn.Parameter(p.detach().clone()) for p in (a, b)]
+    theirs = torch.optim.Adam(exact, 0.1)
+    for _ in range(3):
+        minimize(5 * a.sum() + (b.t() * w).square().sum(), opt, max_grad_norm=1.0)
+        theirs.zero_grad()
+        (5 * exact[0].sum() + (exact[1].t() * w).square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_(exact, 1.0)
+        theirs.step()
+    for p, q in zip((a, b), exact, strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(ValueError, match="1 gradients for 2 parameters"):
+        apply_gradients(opt, [torch.ones(3)])
+
+
+def test_one_tensor_for_two_parameters_is_clipped_once() -> None:
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = torch.optim.SGD([a, b], 1.0)
+    minimize((3 * (a + b)).square().sum(), opt, max_grad_norm=1.0)
+    moved = torch.cat([1 - a.detach(), 1 - b.detach()])
+    assert float(moved.norm()) == pytest.approx(1.0, rel=1e-5)
+    apply_gradients(opt, [None, None], max_grad_norm=1.0)  # nothing to clip, nothing to do
+
+
+def test_options_adam_does_not_have_are_refused() -> None:
+    with pytest.raises(TypeError):
+        Adam([torch.nn.Parameter(torch.ones(2))], amsgrad=True)  # type: ignore[call-arg]

@@ -164,6 +164,16 @@ def test_episode_statistics_against_a_plain_loop(span: int, monkeypatch: pytest.
     assert mean_len == pytest.approx(float(np.mean([n for _, n in found])), rel=1e-12)
 
 
+def test_episode_statistics_when_the_number_of_worlds_changes() -> None:
+    """As stages with environments of their own do: what was pending is settled first."""
+    stats = EpisodeStats(2, torch.device("cpu"))
+    stats.add(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+    stats.add(torch.tensor([4.0, 5.0, 6.0]), torch.tensor([True, True, False]))
+    stats.add(torch.tensor([7.0, 8.0]), torch.tensor([False, True]))
+    assert stats.state()["reward"].shape == (1, 2)
+    assert stats.take() == ((1 + 4 + 5 + 8) / 4, 1.0, 4)
+
+
 def test_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     env = rlctl.make_env("Hopper", 2, seed=0)
@@ -234,9 +244,16 @@ def test_small_networks_take_one_thread_and_large_ones_all_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment, "available_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert experiment.torch_threads(rlctl.agents.get("ppo").Config()) == 1
     assert experiment.torch_threads(rlctl.agents.get("sac").Config()) == 6
     assert experiment.torch_threads(rlctl.agents.get("sac").Config(hidden=(64, 64))) == 1
+    trpo = rlctl.agents.get("trpo").Config
+    assert experiment.torch_threads(trpo()) == 6  # its products are as long as the rollout
+    assert experiment.torch_threads(trpo(hidden=(16, 16))) == 1
+    assert experiment.torch_threads(rlctl.types.AgentConfig()) == 6  # nobody knows
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert experiment.torch_threads(rlctl.agents.get("ppo").Config()) == 3
     before = torch.get_num_threads()
     try:
         experiment.train(settings("sac", "Hopper", steps=4, run={"threads": 2}), tmp_path / "run", quiet=True)
