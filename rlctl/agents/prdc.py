@@ -53,7 +53,8 @@ class PRDCConfig(OfflineConfig):
     k: Count = 1
     """Which neighbour the policy is drawn to: the k-th nearest, alone (all published settings take the first)."""
     neighbours: Method = "auto"
-    """Search: tree (KD-tree on the host), matrix (all distances, on the device); auto: tree on a CPU, else matrix."""
+    """Search: tree (KD-tree on the host), matrix (all distances, on the device), or auto: the tree on a CPU if
+    observation and action have 64 numbers or fewer, else the matrix."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 

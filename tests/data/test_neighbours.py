@@ -114,6 +114,9 @@ def test_who_is_chosen_and_what_it_reads() -> None:
     assert isinstance(neighbours(rows), Tree)
     assert isinstance(neighbours(rows, "tree"), Tree)
     assert isinstance(neighbours(rows, "matrix"), Matrix)
+    assert isinstance(neighbours(torch.zeros(3, 64)), Tree)
+    assert isinstance(neighbours(torch.zeros(3, 65)), Matrix)
+    assert isinstance(neighbours(torch.zeros(3, 65), "tree"), Tree)
     assert Tree.host_reads
     assert not Matrix.host_reads
     assert isinstance(neighbours(torch.zeros(3, 2, device="meta")), Matrix)  # any other device
