@@ -125,7 +125,7 @@ def test_checkpoint_of_another_format(stopped: Path) -> None:
     text = json.loads(manifest.read_text()) | {"format": 99}
     del text["digest"]
     manifest.write_text(json.dumps(text))
-    with pytest.raises(UsageError, match="checkpoint format 99, this version reads 1"):
+    with pytest.raises(UsageError, match=f"checkpoint format 99, this version reads {checkpoint.FORMAT}"):
         experiment.resume(stopped, quiet=True)
 
 
