@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlctl.agents.actor_critic import ActorCriticConfig, Rows, explained_variance, rows_of, standardized, step_taken
+from rlctl.agents.actor_critic import (
+    ActorCriticConfig,
+    Rows,
+    clipped_surrogate,
+    explained_variance,
+    rows_of,
+    standardized,
+    step_taken,
+)
 from rlctl.nets import MixturePolicy, NormalMixture, ObsNorm, QEnsemble, RewardScale, ValueNet
 from rlctl.nets.policy import GateInput
 from rlctl.ops import adam, mean_of, minibatches, minimize
@@ -82,8 +90,7 @@ class PMOEPPO(Agent):
 
     def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
         """-E[min(r A, clip(r) A)] over a minibatch `[B]`, r of the mixture's density."""
-        clipped = ratio.clamp(1 - self.cfg.clip, 1 + self.cfg.clip)
-        return -torch.minimum(ratio * adv, clipped * adv).mean()
+        return clipped_surrogate(ratio, adv, self.cfg.clip)
 
     @torch.no_grad()
     def best_component(self, pi: NormalMixture, obs: Tensor, noise: Tensor | None = None) -> Tensor:

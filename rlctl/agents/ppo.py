@@ -11,10 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from rlctl.agents.actor_critic import ActorCriticConfig, Rows, explained_variance, rows_of, standardized, step_taken
+from rlctl.agents.actor_critic import (
+    ActorCriticConfig,
+    Rows,
+    clipped_surrogate,
+    explained_variance,
+    rows_of,
+    standardized,
+    step_taken,
+)
 from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
 from rlctl.ops import adam, mean_of, minibatches, minimize
 from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Positive, Spec
@@ -77,8 +84,7 @@ class PPO(Agent):
 
     def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
         """-E[min(r A, clip(r) A)] over a minibatch `[B]`."""
-        clipped = ratio.clamp(1 - self.cfg.clip, 1 + self.cfg.clip)
-        return -torch.minimum(ratio * adv, clipped * adv).mean()
+        return clipped_surrogate(ratio, adv, self.cfg.clip)
 
     def value_loss(self, v: Tensor, ret: Tensor) -> Tensor:
         """E[(V - R)^2] over a minibatch `[B]`."""
