@@ -103,6 +103,14 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
         """Continue from what `state` returned. Raises ValueError if it does not fit this environment."""
         raise NotImplementedError(f"{self.id}: this kind of environment cannot be checkpointed (can_checkpoint).")
 
+    def report(self) -> dict[str, float]:
+        """What is worth a line in a log now and then, by TensorBoard tag: troubles since construction, none if none.
+
+        Where the environment lives on a device this waits for it, so it is asked once per log row, not per step. May
+        raise what `step` could not find out in time.
+        """
+        return {"env/diverged": float(self.num_diverged)} if self.num_diverged else {}
+
     def stagger(self) -> None:
         """After a reset: spread the running episodes' ages evenly over the time limit; environment 0 keeps age 0.
 

@@ -49,32 +49,23 @@ def make(
         num_envs: number of copies, N.
         seed: of the environments' random stream.
         device: where the returned tensors live.
-        backend: "auto", "batch" or "pool"; MuJoCo tasks only, ignored by the others, as are the next two.
+        backend: who simulates: "cpu" (or one of its engines, "batch", "pool"), "warp" (a GPU), or "auto", which decides
+            by `rlctl_envs.engines.choose`; MuJoCo tasks only, ignored by the others, as are the next two.
         threads: simulation threads; by default the cores available, at most N.
         physics: "published" restores the contact margins of published results on MuJoCo >= 3.5, "native" is what the
             installed Gymnasium computes.
         dtype: of observations and rewards: torch.float32 or torch.float64.
-        **task_kwargs: settings of the task, such as `ctrl_cost_weight` or `episode_len`; for a Gymnasium id, its own
-            keywords and `workers`.
+        **task_kwargs: settings of the task, such as `ctrl_cost_weight` or `episode_len`; of the warp engine (`nconmax`,
+            `njmax`, `capture`; see `rlctl_envs.warp_vector`); for a Gymnasium id, its own keywords and `workers`.
 
     Raises:
-        UnknownTask: no such name. ValueError: a setting or value that is not known.
+        UnknownTask: no such name. ValueError: a setting or value that is not known. EngineUnavailable: the engine asked
+        for lacks a package or a device here.
     """
     common: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
     task_name = _mujoco_name(name)
     if task_name is not None:
-        from rlctl_envs.vector import MujocoVecEnv
-
-        episode_len = task_kwargs.pop("episode_len", None)
-        return MujocoVecEnv(
-            build_task(TASKS[task_name], task_kwargs),
-            num_envs,
-            backend=backend,
-            threads=threads,
-            physics=physics,
-            episode_len=episode_len,
-            **common,
-        )
+        return _simulated(task_name, num_envs, backend, threads, physics, task_kwargs, common)
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import make_probe
 
@@ -89,6 +80,36 @@ def make(
 
         return GymnasiumVecEnv(gymnasium_id, num_envs, **common, **task_kwargs)
     raise UnknownTask(_unknown(name))
+
+
+WARP_OPTIONS = ("nconmax", "njmax", "capture")
+
+
+def _simulated(
+    task: str,
+    num_envs: int,
+    backend: Backend,
+    threads: int | None,
+    physics: Physics,
+    options: dict[str, Any],
+    common: dict[str, Any],
+) -> VecEnv:
+    """Make a MuJoCo task on the engine that `backend` names or "auto" finds the faster one."""
+    from rlctl_envs.engines import choose
+
+    choice = choose(task, num_envs, common["device"], backend)
+    own = {key: options.pop(key) for key in WARP_OPTIONS if key in options}
+    common = common | {"physics": physics, "episode_len": options.pop("episode_len", None)}
+    built = build_task(TASKS[task], options)
+    if choice.backend == "warp":
+        from rlctl_envs.warp_vector import WarpVecEnv
+
+        return WarpVecEnv(built, num_envs, **common, **own)
+    if own:
+        raise ValueError(f"{', '.join(own)}: options of the warp engine, but the CPU simulates ({choice.why}).")
+    from rlctl_envs.vector import MujocoVecEnv
+
+    return MujocoVecEnv(built, num_envs, backend=choice.backend, threads=threads, **common)
 
 
 def canonical(name: str) -> str:

@@ -45,7 +45,7 @@ class MujocoVecEnv(VecEnv):
         env_id: name reported as `id`; the task's name with "-v5" by default.
         seed: of the random stream; entropy of the machine by default.
         device: where returned tensors live; the simulation itself runs on the CPU.
-        backend: "batch", "pool", or "auto" (see `rlctl_envs.engines.make_engine`).
+        backend: "batch", "pool", or "auto", the same as "cpu" (see `rlctl_envs.engines.make_engine`).
         threads: simulation threads; by default the cores available, at most N. Results do not depend on it.
         physics: "published" or "native" (see `rlctl_envs.engines.load_model`).
         dtype: of observations and rewards.

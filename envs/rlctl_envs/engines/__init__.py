@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import mujoco
 import numpy as np
 
 from rlctl_envs.engines.base import Engine, Physics, load_model, margins_add
 from rlctl_envs.engines.batch import BatchEngine, BatchUnavailable
+from rlctl_envs.engines.choice import Backend, Choice, EngineUnavailable, choose
 from rlctl_envs.engines.pool import PoolEngine
 from rlctl_envs.tasks import TASKS, Task
 
@@ -19,17 +20,18 @@ __all__ = [
     "Backend",
     "BatchEngine",
     "BatchUnavailable",
+    "Choice",
     "Engine",
+    "EngineUnavailable",
     "Physics",
     "PoolEngine",
     "available_cores",
     "batch_problem",
+    "choose",
     "load_model",
     "make_engine",
     "margins_add",
 ]
-
-Backend: TypeAlias = Literal["auto", "batch", "pool"]
 
 _log = logging.getLogger(__name__)
 
@@ -89,16 +91,16 @@ def _compare_one_step() -> str | None:
 
 
 def make_engine(task: Task, model: Any, num_envs: int, threads: int | None = None, backend: Backend = "auto") -> Engine:
-    """Make the engine for a bound task.
+    """Make the CPU engine for a bound task.
 
-    `threads` defaults to the cores available, at most one per environment. `backend` "auto" takes the batch engine
-    if it passes its self-test, else the pool; naming one insists on it. Raises ValueError, or BatchUnavailable.
+    `threads` defaults to the cores available, at most one per environment. `backend` "auto" or "cpu" takes the batch
+    engine if it passes its self-test, else the pool; naming one insists on it. Raises ValueError, or BatchUnavailable.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; it is at least 1, or None for the cores available.")
     threads = min(num_envs, available_cores() if threads is None else threads)
-    if backend not in ("auto", "batch", "pool"):
-        raise ValueError(f"backend is {backend!r}; it is 'auto', 'batch' or 'pool'.")
-    if backend == "pool" or (backend == "auto" and batch_problem() is not None):
+    if backend not in ("auto", "cpu", "batch", "pool"):
+        raise ValueError(f"backend is {backend!r}; on the CPU it is 'auto', 'cpu', 'batch' or 'pool'.")
+    if backend == "pool" or (backend != "batch" and batch_problem() is not None):
         return PoolEngine(model, num_envs, threads, task.derived, task.contact_forces)
     return BatchEngine(model, num_envs, threads, task.derived, task.contact_forces)

@@ -1,7 +1,7 @@
 """Task definitions: what is observed, rewarded and ended, independent of the engine that simulates it."""
 
-from rlctl_envs.tasks.arrays import NUMPY, TORCH, Array, ArrayOps
-from rlctl_envs.tasks.base import SimState, Task, build_task
+from rlctl_envs.tasks.arrays import NUMPY, TORCH, Array, ArrayOps, TorchOps
+from rlctl_envs.tasks.base import SimState, Task, TorchDraws, build_task
 from rlctl_envs.tasks.gymnasium_mujoco import TASKS
 
-__all__ = ["NUMPY", "TASKS", "TORCH", "Array", "ArrayOps", "SimState", "Task", "build_task"]
+__all__ = ["NUMPY", "TASKS", "TORCH", "Array", "ArrayOps", "SimState", "Task", "TorchDraws", "TorchOps", "build_task"]

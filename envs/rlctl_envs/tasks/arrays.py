@@ -77,7 +77,10 @@ class NumpyOps:
 
 
 class TorchOps:
-    """`ArrayOps` on torch."""
+    """`ArrayOps` on torch; new arrays are made on `device`."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
 
     sin: Callable[[Array], Array] = staticmethod(torch.sin)
     cos: Callable[[Array], Array] = staticmethod(torch.cos)
@@ -97,7 +100,7 @@ class TorchOps:
 
     def arange(self, n: int) -> Array:
         """0, 1, ..., n - 1."""
-        return torch.arange(n)
+        return torch.arange(n, device=self._device)
 
     def copy(self, x: Array) -> Array:
         """Return a copy that owns its memory."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 
 from rlctl_envs.tasks.arrays import Array, ArrayOps
 
@@ -51,6 +52,22 @@ class Draws(Protocol):
 
     def standard_normal(self, size: tuple[int, ...]) -> Array:
         """Draw from the standard normal distribution."""
+
+
+class TorchDraws:
+    """`Draws` from a torch generator, on its device."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def uniform(self, low: float, high: float, size: tuple[int, ...]) -> torch.Tensor:
+        """Draw uniformly from [low, high), float32."""
+        u = torch.rand(size, generator=self._generator, device=self._generator.device)
+        return u.mul_(high - low).add_(low)
+
+    def standard_normal(self, size: tuple[int, ...]) -> torch.Tensor:
+        """Draw from the standard normal distribution, float32."""
+        return torch.randn(size, generator=self._generator, device=self._generator.device)
 
 
 @dataclass(kw_only=True)

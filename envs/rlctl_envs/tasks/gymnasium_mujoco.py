@@ -524,7 +524,8 @@ class Pusher(Task):
         qvel = qvel0 + draws.uniform(-0.005, 0.005, (n, len(qvel0)))
         x = draws.uniform(-0.3, 0.0, (n, self.candidates))
         y = draws.uniform(-0.2, 0.2, (n, self.candidates))
-        first = ((x * x + y * y) > 0.17**2).argmax(-1)[:, None] == xp.arange(self.candidates)
+        # torch finds no largest of booleans, hence the number
+        first = (((x * x + y * y) > 0.17**2) * 1).argmax(-1)[:, None] == xp.arange(self.candidates)
         qpos[:, -4] = (x * first).sum(-1)
         qpos[:, -3] = (y * first).sum(-1)
         qpos[:, -2:] = 0.0

@@ -1,0 +1,302 @@
+"""MuJoCo Warp: N simulations on a CUDA device (or, for tests, on Warp's CPU device), in float32.
+
+Importing this module imports warp, which takes seconds: nothing else in the package does so before it is asked for
+this engine. Source of the algorithmic facts below: mujoco_warp 4.0, and measurements against MuJoCo 4.0
+(`tests/envs/test_envs_warp.py` holds every task to Gymnasium, one step at a time).
+
+Differs from the CPU engines:
+- float32 instead of float64; one step agrees to rounding, trajectories of a contact-rich body part after some steps.
+- mujoco_warp has no PGS solver: models that ask for it (both humanoids) run Newton with 100 iterations, which solves
+  the same problem to the same optimum.
+- mujoco_warp turns the friction pyramid of a capsule on a plane when the capsule is steep; `_capsule_frames` turns it
+  back to where MuJoCo has it.
+- contacts and constraint rows live in buffers of fixed size; what does not fit is dropped, and `overflow` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import mujoco
+import mujoco_warp as mjw
+import numpy as np
+import torch
+import warp as wp
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlctl_envs.tasks import SimState, Task
+
+NEWTON_ITERATIONS = 100
+"""Upper bound of the solver's iterations for models that asked for PGS."""
+
+BUFFERS: dict[str, tuple[int, int]] = {
+    "Hopper": (16, 32),
+    "Walker2d": (24, 48),
+    "HalfCheetah": (24, 48),
+    "Ant": (32, 64),
+    "Swimmer": (8, 16),
+    "Reacher": (8, 16),
+    "Pusher": (16, 32),
+    "InvertedPendulum": (8, 16),
+    "InvertedDoublePendulum": (8, 16),
+}
+"""Contacts and constraint rows per world. Random actions need at most 10 rows in Hopper, 18 in Walker2d, 17 in
+HalfCheetah, 19 in Ant, 6 in Pusher, 2 in the others: a trained gait touches the ground more often, hence the room."""
+DEFAULT_BUFFERS = (48, 64)
+"""For every other task: both humanoids (at most 38 rows under random actions), and tasks not measured."""
+
+OVERFLOWS = (
+    (("NEFC", "NJMAX_NNZ"), "njmax", "constraint rows per world"),
+    (("BROADPHASE", "NARROWPHASE", "CCD"), "nconmax", "contacts per world"),
+)
+"""Which bits of `overflow` each option cures."""
+NO_LOSS = ("ITERATIONS", "LS_ITERATIONS", "TACTILE")
+"""Bits that tell of no full buffer: MuJoCo's own solver stops at its iterations too, and says nothing."""
+
+_PLANE, _CAPSULE = int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_CAPSULE)
+
+
+@wp.kernel(enable_backward=False)
+def _capsule_frames_kernel(
+    geom_type: wp.array(dtype=int),
+    geom_xmat: wp.array2d(dtype=wp.mat33),
+    count: wp.array(dtype=int),
+    geoms: wp.array(dtype=wp.vec2i),
+    world: wp.array(dtype=int),
+    plane: int,
+    capsule: int,
+    frame: wp.array(dtype=wp.mat33),
+):
+    # First tangent of a plane-capsule contact: the capsule's axis projected on the plane, whatever its length.
+    c = wp.tid()
+    if c >= count[0]:
+        return
+    pair = geoms[c]
+    if pair[0] < 0 or geom_type[pair[0]] != plane or geom_type[pair[1]] != capsule:
+        return
+    pose = geom_xmat[world[c], pair[1]]
+    old = frame[c]
+    normal = wp.vec3(old[0, 0], old[0, 1], old[0, 2])
+    axis = wp.vec3(pose[0, 2], pose[1, 2], pose[2, 2])
+    tangent = axis - normal * wp.dot(normal, axis)
+    length = wp.length(tangent)
+    if length < 1.0e-7:
+        return
+    tangent = tangent / length
+    other = wp.cross(normal, tangent)
+    frame[c] = wp.mat33(
+        normal[0], normal[1], normal[2], tangent[0], tangent[1], tangent[2], other[0], other[1], other[2]
+    )
+
+
+@wp.kernel(enable_backward=False)
+def _read_state_kernel(nq: int, qpos: wp.array2d(dtype=float), qvel: wp.array2d(dtype=float), out: wp.array2d(dtype=float)):
+    world, i = wp.tid()
+    if i < nq:
+        out[world, i] = qpos[world, i]
+    else:
+        out[world, i] = qvel[world, i - nq]
+
+
+@wp.kernel(enable_backward=False)
+def _write_start_kernel(
+    mask: wp.array(dtype=bool),
+    nq: int,
+    start: wp.array2d(dtype=float),
+    qpos: wp.array2d(dtype=float),
+    qvel: wp.array2d(dtype=float),
+):
+    world, i = wp.tid()
+    if not mask[world]:
+        return
+    if i < nq:
+        qpos[world, i] = start[world, i]
+    else:
+        qvel[world, i - nq] = start[world, i]
+
+
+@wp.kernel(enable_backward=False)
+def _clear_rows_kernel(mask: wp.array(dtype=bool), x: wp.array2d(dtype=float)):
+    world, i = wp.tid()
+    if mask[world]:
+        x[world, i] = 0.0
+
+
+def _capsule_frames(m: Any, d: Any) -> None:
+    """Correct the frames of plane-capsule contacts; called by mujoco_warp between collision and constraints."""
+    wp.launch(
+        _capsule_frames_kernel,
+        dim=d.naconmax,
+        inputs=[m.geom_type, d.geom_xmat, d.nacon, d.contact.geom, d.contact.worldid, _PLANE, _CAPSULE],
+        outputs=[d.contact.frame],
+    )
+
+
+def prepare(model: Any) -> Any:
+    """Change a compiled `mujoco.MjModel` to what mujoco_warp can solve, in place: Newton instead of PGS."""
+    if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+        model.opt.iterations = NEWTON_ITERATIONS
+    return model
+
+
+class WarpEngine:
+    """N simulations of one model on a device, as torch tensors that share memory with warp's arrays.
+
+    `sim` holds float32 tensors. The caller writes `sim.ctrl` and calls `step`; it writes `mask` [N] and `start`
+    [N, nq + nv] and calls `restart`. Neither call reads anything on the host or changes which memory is used, so both
+    can be captured in a graph.
+
+    Args:
+        task: bound to `model`; says which derived fields are read.
+        model: compiled `mujoco.MjModel`; changed by `prepare`.
+        num_envs: N.
+        device: "cuda", "cuda:1" or "cpu".
+        nconmax: room for contacts, per world on average; None takes `BUFFERS`.
+        njmax: room for constraint rows of every world; None takes `BUFFERS`.
+        capsule_frames: correct the frames of plane-capsule contacts; off only to show what it is for.
+    """
+
+    name = "warp"
+
+    def __init__(
+        self,
+        task: Task,
+        model: Any,
+        num_envs: int,
+        device: torch.device,
+        nconmax: int | None = None,
+        njmax: int | None = None,
+        capsule_frames: bool = True,
+    ) -> None:
+        prepare(model)
+        contacts, rows = BUFFERS.get(type(task).__name__, DEFAULT_BUFFERS)
+        self.nconmax = contacts if nconmax is None else nconmax
+        self.njmax = rows if njmax is None else njmax
+        for name, value in (("nconmax", self.nconmax), ("njmax", self.njmax)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it is at least 1.")
+        self.num_envs, self.device = num_envs, device
+        wp.config.log_level = wp.LOG_WARNING  # not a line for every kernel it loads
+        self._device = wp.get_device(str(device))
+        self._derived = bool(task.derived)
+        self._contact_forces = task.contact_forces
+        self._nq, self._size = int(model.nq), int(model.nq + model.nv)
+        rest = mujoco.MjData(model)
+        mujoco.mj_forward(model, rest)
+        with wp.ScopedDevice(self._device):
+            self._model = mjw.put_model(model)
+            self._model.opt.warn_overflow = 0  # a printf on the device serialises it; `overflow` is read instead
+            if capsule_frames:
+                self._model.callback.contactfilter = _capsule_frames
+            self._data = mjw.put_data(model, rest, nworld=num_envs, nconmax=self.nconmax, njmax=self.njmax)
+            wp.synchronize_device(self._device)  # from here on the caller's torch stream is used
+        d = self._data
+        state = torch.zeros(num_envs, self._size, device=device)
+        views = {name: wp.to_torch(getattr(d, name)) for name in ("ctrl", "overflow", "qacc_warmstart", *task.derived)}
+        self.sim = SimState(
+            qpos=state[:, : self._nq],
+            qvel=state[:, self._nq :],
+            state=state,
+            ctrl=views["ctrl"],
+            **{name: views[name] for name in task.derived},
+        )
+        self.mask = torch.ones(num_envs, dtype=torch.bool, device=device)
+        """Which worlds `restart` puts into `start`."""
+        self.start = torch.zeros(num_envs, self._size, device=device)
+        self.overflow: Tensor = views["overflow"]
+        """[N] int32, bits of `mjw.OverflowType` raised since the world's last restart."""
+        self._warm: Tensor = views["qacc_warmstart"]
+        self._qpos, self._qvel = wp.to_torch(d.qpos), wp.to_torch(d.qvel)
+        self._state, self._mask, self._start = (wp.from_torch(x) for x in (state, self.mask, self.start))
+        # A reset leaves these as MuJoCo's full forward would at a start: no actuator pulls and no limit is reached.
+        self._cleared = [
+            wp.from_torch(views[name].view(num_envs, -1))
+            for name in ("cfrc_ext", "qfrc_actuator", "qfrc_constraint")
+            if name in views
+        ]
+
+    def step(self, substeps: int) -> None:
+        """Advance every simulation by `substeps` physics steps; refreshes `sim.state` and the derived fields.
+
+        The derived fields are those the last physics step left, one substep old, as in the CPU engines.
+        """
+        for _ in range(substeps):
+            mjw.step(self._model, self._data)
+        if self._contact_forces:
+            mjw.rne_postconstraint(self._model, self._data)
+        self._read_state()
+
+    def restart(self) -> None:
+        """Put the simulations of `mask` at rest in their rows of `start`, with warm start and forces cleared.
+
+        Derived fields of *all* simulations are brought to their present state where the task reads any; that of the
+        running ones is computed anew by the next `step`.
+        """
+        d, n = self._data, self.num_envs
+        mjw.reset_data(self._model, d, reset=self._mask)
+        wp.launch(
+            _write_start_kernel, (n, self._size), inputs=[self._mask, self._nq, self._start], outputs=[d.qpos, d.qvel]
+        )
+        if self._derived:
+            mjw.kinematics(self._model, d)
+            mjw.com_pos(self._model, d)
+            mjw.com_vel(self._model, d)
+        for x in self._cleared:
+            wp.launch(_clear_rows_kernel, x.shape, inputs=[self._mask], outputs=[x])
+        self._read_state()
+
+    def _read_state(self) -> None:
+        d = self._data
+        wp.launch(
+            _read_state_kernel, (self.num_envs, self._size), inputs=[self._nq, d.qpos, d.qvel], outputs=[self._state]
+        )
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Within, warp works on this engine's device, and on torch's current stream where that is a CUDA device."""
+        if self._device.is_cuda:
+            # torch orders the work: one and the same stream serves both
+            stream = wp.stream_from_torch(torch.cuda.current_stream(self.device))
+            with wp.ScopedStream(stream, sync_enter=False):
+                yield
+        else:
+            with wp.ScopedDevice(self._device):
+                yield
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Positions, velocities and warm start, [N, ...] float32: all that the next step depends on."""
+        parts = {"qpos": self._qpos, "qvel": self._qvel, "warm": self._warm}
+        return {name: x.cpu().numpy().copy() for name, x in parts.items()}
+
+    def set_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """Take over what `state` returned."""
+        for name, x in (("qpos", self._qpos), ("qvel", self._qvel), ("warm", self._warm)):
+            x.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+        with self.scope():
+            self._read_state()
+
+    def load(self, qpos: NDArray[Any], qvel: NDArray[Any], warm: NDArray[Any]) -> None:
+        """Put every simulation into a state [N, nq], [N, nv] with its solver's warm start [N, nv]; for comparisons."""
+        self.set_state({k: np.asarray(v, np.float32) for k, v in (("qpos", qpos), ("qvel", qvel), ("warm", warm))})
+
+
+def overflow_advice(bits: int, nconmax: int, njmax: int) -> str:
+    """What to raise when `bits` (of `mjw.OverflowType`) have been seen; empty when nothing was lost."""
+    now = {"nconmax": nconmax, "njmax": njmax}
+    left = bits & ~_bits(NO_LOSS)
+    cures = []
+    for names, option, what in OVERFLOWS:
+        if left & _bits(names):
+            cures.append(f"{option} (now {now[option]} {what})")
+        left &= ~_bits(names)
+    if left:
+        cures.append(f"the buffers behind overflow bits {left} of mujoco_warp")
+    return " and ".join(cures)
+
+
+def _bits(names: tuple[str, ...]) -> int:
+    return sum(int(getattr(mjw.OverflowType, name)) for name in names)
