@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from rlctl.host_numbers import scalar
 from rlctl.ops.dense import wanted
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,7 +64,7 @@ class Adam(torch.optim.Adam):
                 [s["exp_avg_sq"] for s in states],
                 [],
                 steps,
-                lr=group["lr"],
+                lr=scalar(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=group["weight_decay"],

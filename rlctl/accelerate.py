@@ -1,0 +1,521 @@
+"""Captured updates: an agent's `update` and `act` as CUDA graphs, without a line in the agent.
+
+    accelerate(agent)                       # replaces agent.update and agent.act on this one object
+    accelerate(agent, compile=True)         # torch.compile of its losses as well
+
+A first few updates run as they are, and are recorded: which operations run, in which memory, and what the Python around
+them does with the agent's counters (`rlctl.host_numbers`). From then on an update is: fill in the new batch, replay,
+set the counters. Where the Python takes another turn (TD3's delayed policy step), that turn is recorded as well.
+Results equal those of the plain update: captured graphs run the same kernels on the same numbers.
+
+An agent that cannot be captured runs as before, and `Report.reasons` says why. Nothing falls back in silence.
+
+A recorder stands for the device: `CudaGraph`, or `Tape`, its stand-in on a CPU, which replays recorded operations one
+by one into the memory they first used. It gains no time; it is how the machinery is proven without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlctl import parallel
+from rlctl.host_numbers import Counters, Expression, HostNumber, Recording, followed, plain
+from rlctl.types import Agent, Batch
+
+Graphs: TypeAlias = Literal["auto", "on", "off", "tape"]
+"""auto: CUDA graphs where the agent is on a CUDA device. on: the same, and an error elsewhere. tape: the CPU stand-in
+for tests. off: never."""
+Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
+
+WARM_UP = 2
+"""Plain runs of each turn before it is captured: the first creates optimiser state, kernels and handles."""
+TURNS = 8
+"""Turns an update may take. Past that, Python decides something anew at each update, and capturing gains nothing."""
+
+HOST_READS = frozenset({"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"})
+"""Operations that wait for a tensor's value: no graph holds them."""
+
+_log = logging.getLogger(__name__)
+
+
+class CannotCapture(Exception):
+    """Why something cannot be captured."""
+
+
+# ------------------------------------------------------------------------------------------------------------ recorders
+class Recorder(Protocol):
+    """Something that records what a function does with tensors, and does it again."""
+
+    runs_while_recording: bool
+    """Whether the recorded run counts as one: a CUDA capture computes nothing."""
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        """Run `run` and return what it returns: tensors that every replay will fill."""
+
+    def replay(self) -> None:
+        """Do the same again, on the same memory."""
+
+
+class Watch(TorchDispatchMode):
+    """Raises CannotCapture where an operation reads a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse, or run."""
+        if func.__name__.split(".")[0] in HOST_READS:
+            raise CannotCapture(f"it reads a tensor on the host ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(Watch):
+    """Operations recorded and run again one by one, each into the memory of its first result: a graph's stand-in."""
+
+    runs_while_recording = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ops: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        """Run and record; see `Recorder`."""
+        with self:
+            return run()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run the recorded operations again; see `Recorder`."""
+        for function, args, kwargs, results in self._ops:
+            again = function(*args, **kwargs)
+            for old, new in zip(results, _tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr() or old.numel() == 0:
+                    old.copy_(new)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record an operation; views stay valid without being made again."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if not _is_view(func):
+            self._ops.append((func, args, kwargs or {}, _tensors(out)))
+        return out
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation only gives other names to memory."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+class CudaGraph:
+    """One CUDA graph; see `Recorder`."""
+
+    runs_while_recording = False
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        for generator in generators:  # else each replay would draw the numbers of the capture
+            self._graph.register_generator_state(generator)
+        self._stream, self._pool = torch.cuda.Stream(device), pool
+
+    def record(self, run: Callable[[], Any]) -> Any:
+        """Capture; see `Recorder`."""
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+            return run()
+
+    def replay(self) -> None:
+        """Launch; see `Recorder`."""
+        self._graph.replay()
+
+
+# ----------------------------------------------------------------------------------------------------------- one method
+@dataclass
+class _Turn:
+    """One way through the Python of a method, with its recording once there is one."""
+
+    host: Recording
+    settings: list[tuple[dict[str, Any], str, Any]]
+    """Learning rates and their kin that the method left alone: (parameter group, key, value)."""
+    changed: list[tuple[dict[str, Any], str, Expression]]
+    """Those it set, as functions of the counters."""
+    runs: int = 1
+    recorder: Recorder | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    output: Any = None
+
+    def holds(self, counters: Mapping[str, int]) -> bool:
+        return self.host.holds(counters) and all(group.get(key) == value for group, key, value in self.settings)
+
+
+def follow(agent: Agent, run: Callable[[], Any]) -> tuple[_Turn, Any]:
+    """Run something of the agent and note what it does with counters and optimiser settings: (the turn, the result).
+
+    Afterwards both hold plain numbers again, those it left.
+    """
+    real, host, before = agent.counters, Recording(agent.counters, agent.spec.device), _group_settings(agent)
+    changed: list[tuple[dict[str, Any], str, Expression]] = []
+    agent.counters = Counters(host)
+    try:
+        with followed():
+            out = run()
+    finally:
+        agent.counters = real
+        for group, key, value in before:
+            now = group[key]
+            if isinstance(now, HostNumber):
+                group[key] = now.value
+                changed.append((group, key, now.expression))
+            elif now != value:
+                changed.append((group, key, lambda _, now=now: now))
+        real.update({name: plain(value) for name, value in host.written.items()})
+    own = {(id(group), key) for group, key, _ in changed}
+    return _Turn(host, [s for s in before if (id(s[0]), s[1]) not in own], changed), out
+
+
+class Captured:
+    """A method of an agent that replays a recording of itself. Calls take and return what the method does."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        name: str,
+        make: Callable[[], Recorder],
+        on_refusal: Callable[[str], None],
+        scope: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        self._agent, self._name, self._make, self._refuse = agent, name, make, on_refusal
+        self._method = getattr(agent, name)
+        self._scope = scope
+        self._turns: dict[Any, list[_Turn]] = {}
+        self._rng = agent.rng
+        self._states: list[Any] = []
+        """State objects of the optimisers, as recorded."""
+        self.refused = ""
+        """Why it has given up, if it has."""
+        self.replays = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        agent = self._agent
+        if self.refused or agent.rng is not self._rng:  # the generators of an evaluation are not the recorded ones
+            with self._scope():
+                return self._method(*args, **kwargs)
+        states = [opt.state for opt in agent.optimizers().values()]
+        if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
+            self._turns.clear()  # the first call, or a checkpoint was loaded: optimisers hold other tensors now
+            self._states = states
+        values, flat = _split(args, kwargs)
+        turns = self._turns.setdefault((values, _shapes(flat), agent.training, torch.is_grad_enabled()), [])
+        counters = dict(agent.counters)
+        turn = next((t for t in turns if t.holds(counters)), None)
+        if turn is None:
+            if len(turns) >= TURNS:
+                self._give_up("its Python decides anew from the counters at each call; keep such numbers in tensors")
+                return self(*args, **kwargs)
+            turn, out = follow(agent, lambda: self._plainly(*args, **kwargs))
+            turns.append(turn)
+            return out
+        if turn.recorder is None:
+            if turn.runs < WARM_UP:
+                turn.runs += 1
+                return follow(agent, lambda: self._plainly(*args, **kwargs))[1]
+            return self._record(turn, args, kwargs, flat)
+        for kept, new in zip(turn.inputs, flat, strict=True):
+            kept.copy_(new, non_blocking=True)
+        turn.host.fill(counters)
+        turn.recorder.replay()
+        self.replays += 1
+        self._finish(turn, counters)
+        return _copied(turn.output)
+
+    def _plainly(self, *args: Any, **kwargs: Any) -> Any:
+        """The method itself, on a stream of its own where that is a GPU's: captures and warm-ups want one."""
+        device = self._agent.spec.device
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            with self._scope():
+                return self._method(*args, **kwargs)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), self._scope():
+            out = self._method(*args, **kwargs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return out
+
+    def _record(self, turn: _Turn, args: Any, kwargs: Any, flat: list[Tensor]) -> Any:
+        """Record a turn that has warmed up; returns what this call would have returned without."""
+        agent, recorder = self._agent, self._make()
+        inputs = [x.clone() for x in flat]
+        args, kwargs = _joined(args, kwargs, inputs)
+        counters = dict(agent.counters)
+        settings = [(group, key, group[key]) for group, key, _ in _group_settings(agent)]
+        try:
+            recorded, output = follow(agent, lambda: recorder.record(lambda: self._plainly(*args, **kwargs)))
+        except Exception as e:
+            if recorder.runs_while_recording:
+                raise
+            # nothing has been computed yet: undo what the Python did, and do it the plain way
+            agent.counters.update(counters)
+            for group, key, value in settings:
+                group[key] = value
+            self._give_up(f"the capture failed: {type(e).__name__}: {e}")
+            return self(*args, **kwargs)
+        turn.host, turn.settings, turn.changed = recorded.host, recorded.settings, recorded.changed
+        turn.recorder, turn.inputs, turn.output = recorder, inputs, output
+        if not recorder.runs_while_recording:
+            agent.counters.update(counters)
+            turn.host.fill(counters)
+            recorder.replay()
+            self._finish(turn, counters)
+        return _copied(output)
+
+    def _finish(self, turn: _Turn, counters: Mapping[str, int]) -> None:
+        """What the Python of the method would have left behind."""
+        for group, key, expression in turn.changed:
+            group[key] = expression(counters)
+        self._agent.counters.update(turn.host.counters_after(counters))
+
+    def _give_up(self, why: str) -> None:
+        self.refused = why
+        self._turns.clear()
+        self._refuse(f"{self._name}: {why}")
+
+
+def _group_settings(agent: Agent) -> list[tuple[dict[str, Any], str, Any]]:
+    """Numbers in the parameter groups of the agent's optimisers: (group, key, value)."""
+    return [
+        (group, key, value)
+        for opt in agent.optimizers().values()
+        for group in opt.param_groups
+        for key, value in group.items()
+        if isinstance(value, int | float | HostNumber | tuple)
+    ]
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Arguments as (what is no tensor, hashable; the tensors, in order). Batches count as their tensors."""
+    rest: list[Any] = []
+    flat: list[Tensor] = []
+    for name, x in [*enumerate(args), *sorted(kwargs.items())]:
+        if isinstance(x, Batch):
+            named = x.tensors()
+            rest.append((name, tuple(named)))
+            flat += named.values()
+        elif isinstance(x, Tensor):
+            rest.append((name, None))
+            flat.append(x)
+        else:
+            rest.append((name, x))
+    return tuple(rest), flat
+
+
+def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` with the tensors `flat` in place of their own: undoes `_split`."""
+    rest = iter(flat)
+
+    def new(x: Any) -> Any:
+        if isinstance(x, Batch):
+            return Batch.from_tensors({name: next(rest) for name in x.tensors()})
+        return next(rest) if isinstance(x, Tensor) else x
+
+    positional = tuple(new(x) for x in args)
+    return positional, {name: new(x) for name, x in sorted(kwargs.items())}
+
+
+def _shapes(flat: list[Tensor]) -> tuple[Any, ...]:
+    return tuple((x.shape, x.dtype, x.device) for x in flat)
+
+
+def _copied(x: Any) -> Any:
+    """Outputs of a recording, in memory of their own: the next replay writes over it. Scalars in one go."""
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if isinstance(x, tuple):
+        return tuple(_copied(y) for y in x)
+    if isinstance(x, dict):
+        if x and all(isinstance(y, Tensor) and y.dim() == 0 for y in x.values()):
+            return dict(zip(x, torch.stack([y.detach().float() for y in x.values()]).unbind(), strict=True))
+        return {name: _copied(y) for name, y in x.items()}
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------------ the door
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did. `say()` is one line of it."""
+
+    captured: tuple[str, ...]
+    """Methods that run from recordings after their first few calls."""
+    reasons: tuple[str, ...]
+    """Why others do not."""
+    compiled: tuple[str, ...]
+    precision: str
+
+    def say(self) -> str:
+        """One line for a log."""
+        parts = [f"{' and '.join(self.captured)} as CUDA graphs" if self.captured else "no graphs"]
+        parts[0] += f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        if self.compiled:
+            parts.append(f"torch.compile of {', '.join(self.compiled)}")
+        return "; ".join([*parts, self.precision])
+
+
+def accelerate(
+    agent: Agent,
+    *,
+    graphs: Graphs = "auto",
+    compile: bool = False,
+    precision: Precision = "float32",
+    say: Callable[[str], None] = _log.warning,
+) -> Report:
+    """Make `agent.update` and `agent.act` run from CUDA graphs where that is possible; changes this object alone.
+
+    Args:
+        agent: on its device, before training; checkpoints may be loaded later.
+        graphs: see `Graphs`.
+        compile: run the agent's losses (methods called `loss` or ending in `_loss`) through torch.compile.
+        precision: float32: matrix products in full. tf32: on CUDA with 10 bits of mantissa in their factors. bf16:
+            losses and their gradients under autocast to bfloat16; parameters, optimisers, actions and normalisers stay
+            float32. The first two set torch's switch for the whole process.
+        say: is told when a method gives up being captured later on.
+
+    Raises ValueError when graphs="on" cannot be had.
+    """
+    device = agent.spec.device
+    scope, policy = _precision(precision, device)
+    why = _obstacle(agent, graphs)
+    compiled = _compile_losses(agent) if compile else ()  # after the rehearsal, which copies the agent
+    if why and graphs == "on":
+        raise ValueError(f"graphs='on': {type(agent).__name__} cannot be captured: {why}.")
+    if why:
+        if precision == "bf16":
+            plain_update = agent.update
+
+            def update(batch: Batch) -> Any:
+                with scope():
+                    return plain_update(batch)
+
+            agent.update = update  # type: ignore[method-assign]
+        return Report((), (why,), compiled, policy)
+    pool = None if graphs == "tape" else torch.cuda.graph_pool_handle()
+
+    def recorder() -> Recorder:
+        return Tape() if graphs == "tape" else CudaGraph(device, list(agent.rng.values()), pool)
+
+    agent.act = Captured(agent, "act", recorder, say, contextlib.nullcontext)  # type: ignore[method-assign]
+    agent.update = Captured(agent, "update", recorder, say, scope)  # type: ignore[method-assign]
+    return Report(("update", "act"), (), compiled, policy)
+
+
+def _obstacle(agent: Agent, graphs: Graphs) -> str:
+    """What keeps an agent from being captured; empty if nothing does."""
+    if graphs == "off":
+        return "switched off"
+    if graphs != "tape" and agent.spec.device.type != "cuda":
+        return "graphs need a CUDA device"
+    if agent.host_reads:
+        return f"an update reads tensors on the host: {agent.host_reads}"
+    if parallel.world_size() > 1:
+        return "several processes share each update"
+    return _rehearse(agent)
+
+
+def _rehearse(agent: Agent) -> str:
+    """Update a copy of the agent on made-up data, watching for what no graph can hold; empty if all went well.
+
+    Whatever goes wrong goes wrong here, where no training state is half changed.
+    """
+    own = {id(g): _same_generator(g) for g in agent.rng.values()}
+    try:
+        twin = copy.deepcopy(agent, dict(own))
+    except Exception as e:
+        return f"it cannot be copied for a rehearsal ({type(e).__name__}: {e})"
+    batch = _made_up_batch(twin)
+    if batch is None:
+        return ""
+    before = _simple_attributes(twin)
+    try:
+        for _ in range(2):
+            with Watch():
+                follow(twin, lambda: twin.update(batch))
+    except CannotCapture as e:
+        return str(e)
+    except Exception as e:
+        return f"its update failed while it was followed ({type(e).__name__}: {e})"
+    if moved := [name for name, value in _simple_attributes(twin).items() if before.get(name) != value]:
+        return f"it counts in {', '.join(moved)}: only what is kept in `counters` can be replayed"
+    return ""
+
+
+def _made_up_batch(agent: Agent) -> Batch | None:
+    """A batch of the agent's regime and sizes, random; None where its `extra` cannot be known."""
+    spec, cfg = agent.spec, agent.cfg
+    lead: tuple[int, ...]
+    if agent.regime == "on_policy":
+        lead = (cfg.horizon, spec.num_envs)
+    else:
+        lead = (cfg.batch_size,)
+    device = spec.device
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*lead, *shape, generator=g, device=device)
+
+    obs = normal(spec.obs_dim)
+    with torch.no_grad():
+        action, extra = agent.act(obs.reshape(-1, spec.obs_dim), explore=True)
+    flag = normal() > 1.5
+    return Batch(
+        obs,
+        action.reshape(*lead, -1),
+        normal(),
+        normal(spec.obs_dim),
+        flag,
+        normal() > 1.5,
+        {name: x.reshape(*lead, *x.shape[1:]) for name, x in extra.items()} if agent.regime != "offline" else {},
+    )
+
+
+def _same_generator(generator: torch.Generator) -> torch.Generator:
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return twin
+
+
+def _simple_attributes(agent: Agent) -> dict[str, Any]:
+    return {name: x for name, x in vars(agent).items() if isinstance(x, bool | int | float | str | None)}
+
+
+def _compile_losses(agent: Agent) -> tuple[str, ...]:
+    """Put torch.compile around the agent's losses."""
+    names = [n for n in dir(type(agent)) if (n == "loss" or n.endswith("_loss")) and callable(getattr(agent, n))]
+    # a loss that sums others is compiled as one piece
+    names = ["loss"] if "loss" in names else names
+    for name in names:
+        setattr(agent, name, torch.compile(getattr(agent, name), dynamic=False))
+    return tuple(names)
+
+
+def _precision(
+    precision: Precision, device: torch.device
+) -> tuple[Callable[[], contextlib.AbstractContextManager[Any]], str]:
+    """Set torch's switches; returns the scope of an update and the policy in words."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision == "bf16":
+
+        @contextlib.contextmanager
+        def scope() -> Iterator[None]:
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                yield
+
+        return scope, "losses in bfloat16 by autocast, everything else float32"
+    what = "matrix products with TF32 factors" if precision == "tf32" else "float32 throughout, TF32 off"
+    return contextlib.nullcontext, what

@@ -1,0 +1,3 @@
+"""placeholder"""
+def world_size() -> int:
+    return 1
