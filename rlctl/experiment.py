@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import torch
 import yaml
 
 import rlctl_envs
-from rlctl import agents, checkpoint
+from rlctl import agents, checkpoint, parallel
+from rlctl.accelerate import Report, accelerate
 from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
 from rlctl.data.reference import dataset_labels, normalized_score
 from rlctl.data.reward import RewardTransform
@@ -24,22 +25,26 @@ from rlctl.errors import Interrupted, UsageError
 from rlctl.evaluate import Evaluation
 from rlctl.provenance import provenance
 from rlctl.run import Run, RunConfig, non_finite
-from rlctl.seeding import derive
+from rlctl.seeding import derive, generator
 from rlctl.train import SCHEDULES, Job
 from rlctl.types import Agent, Spec
-from rlctl_envs.engines import available_cores
+from rlctl_envs.engines import Backend, Choice, available_cores, choose
+from rlctl_envs.registry import WARP_OPTIONS
 
 if TYPE_CHECKING:
     from rlctl.data.dataset import Dataset
     from rlctl_envs import VecEnv
 
-KEYS = ("algo", "env", "data", "seed", "device", "env_options", "data_options", "agent", "run")
-SECTIONS, NAMES = ("env_options", "data_options", "agent", "run"), ("algo", "env", "data", "device")
+KEYS = ("algo", "env", "data", "seed", "device", "env_backend", "env_options", "data_options", "agent", "run")
+SECTIONS, NAMES = ("env_options", "data_options", "agent", "run"), ("algo", "env", "data", "device", "env_backend")
 DATA_OPTIONS = {"view", "episode_len", "obs_keys"}
 """Keys of the section data_options; what they mean is told by `rlctl.data.dataset.load_dataset`."""
+ENV_BACKENDS = ("auto", "cpu", "warp")
 SCHEMA = 1
 WORTH_SHARING = 8_000_000
 """Multiply-adds of an update's largest product from which a second thread shortens it."""
+WORTH_A_GPU = 500_000_000
+"""The same, from which `--device auto` moves the networks to a GPU although the tasks stay on the CPU. A guess."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Settings:
     env_options: dict[str, Any] = field(default_factory=dict)
     data_options: dict[str, Any] = field(default_factory=dict)
     """How the dataset is read: view, episode_len, obs_keys."""
+    env_backend: Backend = "auto"
+    """Who simulates; see `rlctl_envs.engines.choose`."""
 
     @property
     def cls(self) -> type[Agent]:
@@ -71,6 +78,7 @@ class Settings:
             "data": self.data,
             "seed": self.seed,
             "device": self.device,
+            **({"env_backend": self.env_backend} if self.env_backend != "auto" else {}),
             "env_options": self.env_options,
             **({"data_options": self.data_options} if self.data_options else {}),
             "agent": as_plain(self.agent),
@@ -112,6 +120,7 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
         data=values.get("data"),
         seed=_seed(values.get("seed", 0)),
         device=values.get("device", "auto"),
+        env_backend=_backend(values.get("env_backend", "auto")),
         agent=build(cls.Config, values.get("agent", {}), f"the config of {algo}"),
         run=build(RunConfig, values.get("run", {}), "the section run"),
         env_options=dict(values.get("env_options", {})),
@@ -147,13 +156,15 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return _sectioned(values)
 
 
-def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
-    """Start a run and see it through. Returns its folder and the final evaluation."""
-    folder = _new_folder(settings, out)
+def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path | None, Evaluation | None]:
+    """Start a run and see it through. Returns its folder (None on a process beside rank 0) and the final evaluation."""
+    folder = None if parallel.launched_rank() else _new_folder(settings, out)
     return _carry_out(settings, folder, resume=False, quiet=quiet)
 
 
-def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
+def resume(
+    folder: Path, steps: int | None = None, *, quiet: bool = False
+) -> tuple[Path | None, Evaluation | None]:
     """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
@@ -190,17 +201,18 @@ def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
     if weights is None or not weights.exists():
         raise UsageError(f"{folder} holds no {which} checkpoint yet")
     dims = read_json(folder / "run.json")["spec"]
-    device = pick_device(settings.device)[0]
+    device = pick_device(settings.device if settings.device != "auto" else "cpu")[0]
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
-    agent = agents.make(settings.cls, spec, settings.agent)
+    cfg = parallel.share(settings.agent, read_json(folder / "run.json").get("processes", 1))
+    agent = agents.make(settings.cls, spec, cfg)
     checkpoint.load_agent(weights, agent)
     return agent, settings
 
 
-def pick_device(asked: str) -> tuple[torch.device, str]:
-    """The device and the reason for it."""
+def pick_device(asked: str, settings: Settings | None = None) -> tuple[torch.device, str]:
+    """The device and the reason for it; "auto" goes by what `settings` simulate and learn."""
     if asked == "auto":
-        return torch.device("cpu"), "the simulator runs on the CPU, and networks of this size gain nothing from a GPU"
+        return _best_device(settings)
     try:
         device = torch.device(asked)
     except RuntimeError as e:
@@ -211,7 +223,40 @@ def pick_device(asked: str) -> tuple[torch.device, str]:
         )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{asked}': allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and device.index is None and parallel.launched():
+        return torch.device("cuda", parallel.local_rank()), "as asked, one for each process"
     return device, "as asked"
+
+
+def _best_device(settings: Settings | None) -> tuple[torch.device, str]:
+    """What "auto" means: a GPU for tasks that are simulated there and for large networks, else the CPU."""
+    wants_warp = settings is not None and settings.env_backend == "warp"
+    if not torch.cuda.is_available():
+        if wants_warp:
+            raise UsageError(
+                f"--env-backend warp: this machine shows no CUDA device to torch {torch.__version__}; "
+                "leave the backend to auto (with --device cpu it would run, slowly, for tests)"
+            )
+        return torch.device("cpu"), f"torch {torch.__version__} sees no CUDA device"
+    cuda = torch.device("cuda", parallel.local_rank() if parallel.launched() else 0)
+    if settings is None:
+        return torch.device("cpu"), "nothing asks for a GPU"
+    num_envs = getattr(settings.agent, "num_envs", 1)
+    if (choice := _engine(settings, num_envs, cuda)) is not None and choice.backend == "warp":
+        return cuda, f"the tasks are simulated there ({choice.why})"
+    if largest_product(settings.agent) >= WORTH_A_GPU:
+        return cuda, "the networks are large"
+    return (
+        torch.device("cpu"),
+        "the tasks are simulated on the CPU, and networks of this size gain little from a GPU; --device cuda insists",
+    )
+
+
+def _engine(s: Settings, num_envs: int, device: torch.device, backend: Backend | None = None) -> Choice | None:
+    """The engine for a MuJoCo task, and why; None for every other environment, which has no choice."""
+    if s.env is None or (task := rlctl_envs.simulated_task(s.env)) is None:
+        return None
+    return choose(task, num_envs, device, s.env_backend if backend is None else backend)
 
 
 def torch_threads(cfg: Any) -> int:
@@ -222,60 +267,86 @@ def torch_threads(cfg: Any) -> int:
     """
     if chosen := os.environ.get("OMP_NUM_THREADS"):
         return int(chosen)
+    product = largest_product(cfg)
+    return 1 if 0 < product < WORTH_SHARING else available_cores()
+
+
+def largest_product(cfg: Any) -> int:
+    """Multiply-adds of the largest matrix product in an update; 0 where the config does not tell (no `...hidden`)."""
     rows = getattr(cfg, "minibatch_size", 0) or getattr(cfg, "batch_size", 0)
     rows = rows or getattr(cfg, "num_envs", 1) * getattr(cfg, "horizon", 1)  # updates on the whole rollout
     widths = [w for name, ws in vars(cfg).items() if name.endswith("hidden") for w in ws or ()]
-    small = widths and rows * max(widths) ** 2 < WORTH_SHARING
-    return 1 if small else available_cores()
+    return int(rows * max(widths) ** 2) if widths else 0
 
 
-def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
+def _carry_out(
+    settings: Settings, folder: Path | None, *, resume: bool, quiet: bool
+) -> tuple[Path | None, Evaluation | None]:
+    """Train from start to end; `folder` is None on a process beside rank 0, which keeps nothing."""
+    alone = not parallel.launched()
+    mine = None if parallel.launched_rank() else folder
     torch.set_num_threads(settings.run.threads or torch_threads(settings.agent))
     torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
     torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
-    display = Display(quiet=quiet)
+    display = Display(quiet=quiet or mine is None)
     env: VecEnv | None = None
     data: Dataset | None = None
     run: Run | None = None
     started = refused = False
     try:
-        device, why = pick_device(settings.device)
-        found = _sources(settings, device)
+        device, why = pick_device(settings.device, settings)
+        if not alone:
+            _refuse_unless_shareable(settings)
+            parallel.join(device)
+        before = read_json(folder / "run.json") if resume and folder is not None else {}
+        part = _part(settings, before)
+        found = _sources(part, device, before.get("engine"))
         env, data, env_id, spec = found.env, found.data, found.env_id, found.spec
-        cfg = settings.agent
 
         def eval_env(num_envs: int, seed: int) -> VecEnv:
             assert env_id is not None
-            threads = settings.run.threads
-            return rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=threads, **found.env_options)
+            return rlctl_envs.make(
+                env_id, num_envs, seed=seed, device=device, threads=settings.run.threads, **found.eval_options()
+            )
 
+        rank = parallel.rank()
         run = Run(  # first of all, for it takes the lock: nothing below may touch a run that is somebody else's
-            folder,
+            mine,
             settings.run,
-            seed=settings.seed,
-            make_eval_env=eval_env if env_id is not None else None,
+            seed=derive(settings.seed, f"rank {rank}", 31) if rank else settings.seed,
+            make_eval_env=eval_env if env_id is not None and mine is not None else None,
             display=display,
             score=lambda ret: normalized_score(env_id, ret) if env_id and settings.data else None,
             labels=dataset_labels(data.id, data.origin.format) if data is not None else {},
             resume=resume,
+            follow=folder if rank else None,
         )
-        checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
+        if mine is not None:
+            checkpoint.write_atomically(mine / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
         _record(
-            folder,
+            mine,
             settings,
             {
                 "status": "running",
                 "error": None,
                 "spec": _dims(spec),
+                "engine": None if found.engine is None else found.engine.backend,
+                "processes": parallel.world_size(),
                 "eval_env": env_id,
-                "eval_env_options": found.env_options,
+                "eval_env_options": {k: v for k, v in found.eval_options().items() if k != "backend"},
                 "dataset": None if data is None else data.record(),
             },
             begin=not resume,
         )
-        agent = agents.make(settings.cls, spec, cfg)
-        _announce(display, settings, folder, device, why, found, agent)
-        job = Job(agent, env, data, run, cfg, settings.seed)
+        agent = agents.make(settings.cls, spec, part.agent)
+        if not alone:
+            _share_agent(agent, rank, settings.seed)
+        chosen = settings.run
+        report = accelerate(
+            agent, graphs=chosen.graphs, compile=chosen.compile, precision=chosen.precision, say=display.say
+        )
+        _announce(display, settings, mine or Path("-"), device, why, found, agent, report)
+        job = Job(agent, env, data, run, settings.agent, settings.seed)
         schedule = settings.cls.schedule or SCHEDULES[settings.cls.regime]
         with run.stop_on_signals():
             started = True
@@ -288,17 +359,17 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 raise
         done = {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}
         transforms = {n: m.describe() for n, m in agent.named_modules() if isinstance(m, RewardTransform)}
-        _record(folder, settings, done | ({"reward_transform": transforms} if transforms else {}))
-        return folder, result
+        _record(mine, settings, done | ({"reward_transform": transforms} if transforms else {}))
+        return mine, result
     except Interrupted as e:
-        _record(folder, settings, {"status": "preempted", "error": str(e)})
+        _record(mine, settings, {"status": "preempted", "error": str(e)})
         raise
     except BaseException as e:
         # a request that was refused before the first step leaves nothing behind
         ours = (UsageError, MemoryError) if started else (ValueError, MemoryError)
         refused = isinstance(e, ours) and not resume and (run is None or run.progress == 0)
         if run is not None:
-            _record(folder, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+            _record(mine, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         raise
     finally:
         torch.set_flush_denormal(False)
@@ -306,8 +377,41 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             run.close()
         if env is not None:
             env.close()
-        if refused:
-            shutil.rmtree(folder, ignore_errors=True)
+        if refused and mine is not None:
+            shutil.rmtree(mine, ignore_errors=True)
+        parallel.leave()
+
+
+def _refuse_unless_shareable(s: Settings) -> None:
+    """UsageError for an agent whose update several processes cannot share."""
+    why = ""
+    if s.cls.regime != "on_policy" or s.cls.schedule is not None:
+        why = "only on-policy agents share their updates"
+    elif s.cls.host_reads:
+        why = f"each process would decide for itself: {s.cls.host_reads}"
+    elif s.cls.moved_by_hand is not Agent.moved_by_hand:
+        why = "it moves parameters without a gradient step, which is where processes meet"
+    if why:
+        raise UsageError(f"{s.algo} cannot be trained by several processes: {why}; start it without torchrun")
+
+
+def _part(s: Settings, before: Mapping[str, Any]) -> Settings:
+    """The settings one process works with: its share of worlds and minibatches. `before` is the run.json of a resume."""
+    size = parallel.world_size()
+    if before and before.get("processes", 1) != size:
+        raise UsageError(
+            f"the run was started with {before.get('processes', 1)} processes, this is {size}: resume it with as many"
+        )
+    return replace(s, agent=parallel.share(s.agent, size)) if size > 1 else s
+
+
+def _share_agent(agent: Agent, rank: int, seed: int) -> None:
+    """Same parameters everywhere, other noise on every rank."""
+    parallel.broadcast(agent)
+    if rank:
+        own = derive(seed, f"rank {rank}")
+        for name, g in agent.rng.items():
+            g.manual_seed(derive(own, name))
 
 
 @dataclass(frozen=True)
@@ -322,10 +426,25 @@ class _Sources:
     spec: Spec
     no_evaluation: str = ""
     """Why there is none."""
+    engine: Choice | None = None
+    """Who simulates the worlds the agent learns in, where there is a choice."""
+    insisted: Backend = "auto"
+    """The engine asked for by name."""
+
+    def eval_options(self) -> dict[str, Any]:
+        """Options of the environment to evaluate in.
+
+        It is simulated where training is, if that was asked for; left to itself an evaluation of a few worlds runs on
+        the CPU, in double precision. The buffers of a GPU engine are sized for training and left out.
+        """
+        options = {k: v for k, v in self.env_options.items() if k not in WARP_OPTIONS}
+        return options | ({"backend": self.insisted} if self.insisted != "auto" else {})
 
 
-def _sources(s: Settings, device: torch.device) -> _Sources:
+def _sources(s: Settings, device: torch.device, engine: Backend | None = None) -> _Sources:
     """The environment to train in, the dataset, the environment to evaluate in, and the agent's spec.
+
+    `engine` is the one a resumed run was started with.
 
     A dataset names the environment it was recorded in; that it is not installed is no obstacle to learning from it.
     """
@@ -341,10 +460,16 @@ def _sources(s: Settings, device: torch.device) -> _Sources:
         env_id, options = data.env_id, data.origin.env_options | options
     trains = "env" in s.cls.sources()
     num_envs = s.agent.num_envs if trains else 1
+    threads = s.run.threads
+    if threads is None and parallel.world_size() > 1:
+        threads = max(available_cores() // parallel.world_size(), 1)
+    choice = _engine(s, num_envs, device, engine) if trains else None
+    backend = choice.backend if choice is not None else s.env_backend if trains else "auto"
+    own = options if trains else {k: v for k, v in options.items() if k not in WARP_OPTIONS}
     if env_id is not None:
         seed = derive(s.seed, "env", 31)
         try:
-            env = rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=s.run.threads, **options)
+            env = rlctl_envs.make(env_id, num_envs, seed=seed, device=device, threads=threads, backend=backend, **own)
         except ValueError as e:
             if s.env is not None or s.env_options:
                 raise
@@ -363,16 +488,29 @@ def _sources(s: Settings, device: torch.device) -> _Sources:
     if env is not None and not trains:
         env.close()
         env = None
-    return _Sources(env, data, env_id, options, spec, no_evaluation)
+    return _Sources(env, data, env_id, options, spec, no_evaluation, choice, s.env_backend)
 
 
 def _announce(
-    display: Display, s: Settings, folder: Path, device: torch.device, why: str, found: _Sources, agent: Agent
+    display: Display,
+    s: Settings,
+    folder: Path,
+    device: torch.device,
+    why: str,
+    found: _Sources,
+    agent: Agent,
+    report: Report,
 ) -> None:
     parameters = sum(p.numel() for p in agent.parameters())
     source = " and ".join(x for x in (s.env, s.data) if x)
     display.say(f"{s.algo} on {source}, seed {s.seed}: {s.agent.steps:,} steps, {parameters:,} parameters, in {folder}")
     display.say(f"device {device}: {why}; {torch.get_num_threads()} CPU threads")
+    if found.engine is not None and (device.type == "cuda" or found.engine.backend == "warp"):
+        display.say(f"simulated by the {found.engine.backend} engine: {found.engine.why}")
+    if device.type == "cuda" or report.compiled or s.run.precision != "float32":
+        display.say(f"updates: {report.say()}")
+    if parallel.world_size() > 1:
+        display.say(f"{parallel.world_size()} processes, {agent.spec.num_envs} worlds each")
     if s.cls.regime == "off_policy":
         from rlctl.data.ring import planned_bytes
 
@@ -417,8 +555,10 @@ def _new_folder(s: Settings, out: Path | None) -> Path:
     return folder
 
 
-def _record(folder: Path, s: Settings, fields: Mapping[str, Any], begin: bool = False) -> None:
+def _record(folder: Path | None, s: Settings, fields: Mapping[str, Any], begin: bool = False) -> None:
     """Merge `fields` into run.json; `begin` writes the provenance of the run, a resume appends its own."""
+    if folder is None:
+        return
     record = read_json(folder / "run.json")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if begin or "schema" not in record:
@@ -457,6 +597,13 @@ def _sectioned(layer: Mapping[str, Any]) -> dict[str, Any]:
         else:
             out["agent"] = merge(out.get("agent", {}), {key: value})
     return out
+
+
+def _backend(value: Any) -> Backend:
+    if value not in ENV_BACKENDS:
+        raise UsageError(f"env_backend is one of {', '.join(ENV_BACKENDS)}; got {value!r}")
+    backend: Backend = value
+    return backend
 
 
 def _seed(value: Any) -> int:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Annotated, Any, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
 from torch import Tensor
 
-from rlctl import checkpoint
+from rlctl import checkpoint, parallel
 from rlctl.display import Display
 from rlctl.errors import Diverged, Interrupted, UsageError
 from rlctl.evaluate import Evaluation, evaluate
@@ -70,6 +70,13 @@ class RunConfig:
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch; None takes all cores, or one where the networks are too small to gain from more. Results
     are bit-reproducible for one value of it."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Run updates and actions from CUDA graphs: auto on a CUDA device where the agent allows it; on insists."""
+    compile: bool = False
+    """Run the agent's losses through torch.compile: seconds to half a minute at the start, faster updates after it for
+    agents with many small steps (PPO)."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Arithmetic of the losses: float32; tf32 rounds the factors of matrix products on CUDA; bf16 is autocast."""
 
 
 class EpisodeStats:
@@ -98,9 +105,9 @@ class EpisodeStats:
             self._settle()
 
     def take(self) -> tuple[float, float, int]:
-        """(mean return, mean length, count) of the episodes since the last call; reads the device once."""
+        """(mean return, mean length, count) of the episodes since the last call, of all processes; reads the device."""
         self._settle()
-        ret, length, n = self.sums.tolist()
+        ret, length, n = parallel.total(self.sums).tolist()
         self.sums.zero_()
         return (ret / n, length / n, int(n)) if n else (math.nan, math.nan, 0)
 
@@ -188,7 +195,11 @@ EnvFactory = Callable[[int, int], "VecEnv"]
 
 
 class Run:
-    """Counts, logs, evaluates, checkpoints. `folder=None` keeps everything in memory and writes nothing."""
+    """Counts, logs, evaluates, checkpoints. `folder=None` keeps everything in memory and writes nothing.
+
+    `follow` is for the processes beside rank 0 (`rlctl.parallel`): with `resume` they take agent and counters from the
+    checkpoints of that run directory, which is not theirs, and begin fresh episodes.
+    """
 
     def __init__(
         self,
@@ -201,6 +212,7 @@ class Run:
         score: Callable[[float], float | None] = lambda _: None,
         labels: Mapping[str, Any] | None = None,
         resume: bool = False,
+        follow: Path | None = None,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.config = config or RunConfig()
@@ -241,6 +253,9 @@ class Run:
         self._rows: dict[str, IO[str]] = {}
         self._writer: SummaryWriter | None = None
         self._lock: IO[str] | None = None
+        self._follows = follow is not None
+        if follow is not None and resume:
+            self._restored = checkpoint.newest_intact(follow / "checkpoints", self.display.say)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -287,6 +302,7 @@ class Run:
         obs = None if env is None else self._start_env(agent, env, stage, stagger)
         self.display.start(self.total, self.progress)
         self._evaluate_if_due(agent)
+        self._stop = parallel.anybody(self._stop, agent.spec.device)
         if self._stop:  # an evaluation that was due and is not made stays due at this very step
             self.save(agent)
             raise Interrupted(self.folder)
@@ -311,7 +327,9 @@ class Run:
             return env.current_obs
         self.episodes = EpisodeStats(env.num_envs, agent.spec.device)
         stream = "env"
-        if self.progress and not env.can_checkpoint:
+        if self.progress and self._follows:
+            stream = f"env at {self.progress}"
+        elif self.progress and not env.can_checkpoint:
             self.display.say(f"{env.id} cannot restore its simulator: the run goes on with fresh episodes")
             stream = f"env at {self.progress}"  # not the episodes it has already seen
         obs, _ = env.reset(seed=derive(self.seed, f"{stream}/{stage.name}", 31))
@@ -362,6 +380,7 @@ class Run:
         if self._due("log", self.period(self.config.log_every, 500)):
             self._log(agent)
         self._evaluate_if_due(agent)
+        self._stop = parallel.anybody(self._stop, agent.spec.device)
         every = self.period(self.config.checkpoint_every, 10)
         if self._stop or (every and self._due("checkpoint", every)):
             self.save(agent)
@@ -412,12 +431,15 @@ class Run:
     # ------------------------------------------------------------------------------------------------------ logs
     def _log(self, agent: Agent) -> None:
         names = list(self._sums)
-        values = torch.stack([self._sums[n].float() for n in names]).tolist() if names else []
+        sums = torch.stack([self._sums[n].float() for n in names]) if names else torch.zeros(0)
+        values = parallel.mean(sums).tolist() if names else []
         row = {n: v / self._counts[n] for n, v in zip(names, values, strict=True)}
         self._sums, self._counts = {}, {}
         ret, length, n = self.episodes.take()
         if n:
             row |= {"charts/episodic_return": ret, "charts/episodic_length": length, "charts/episodes": float(n)}
+        if self._envs:
+            row |= self._envs[-1].report()
         if bad := [k for k, v in row.items() if not math.isfinite(v)]:
             raise self.diverged(agent, bad)
         steps, collect, learn = self._interval
@@ -571,10 +593,14 @@ class Run:
         self._counts = s["counts"]
         self.best = -math.inf if s["best"] is None else s["best"]
         self.eval_episodes_used = s["eval_episodes_used"]
-        self._offsets = s["offsets"]
+        if self._follows:  # generators, worlds and logs are those of rank 0
+            for name, g in agent.rng.items():
+                g.manual_seed(derive(self.seed, f"{name} at {self.progress}"))
+        else:
+            self._offsets = s["offsets"]
+            self.episodes.set_state({k[9:]: v for k, v in snap.tensors.items() if k.startswith("episodes.")})
+            self._unclaimed = {p.name: p for p in folder.iterdir() if p.is_dir()}
         self._sums = {k.removeprefix("sum."): v for k, v in snap.tensors.items() if k.startswith("sum.")}
-        self.episodes.set_state({k[9:]: v for k, v in snap.tensors.items() if k.startswith("episodes.")})
-        self._unclaimed = {p.name: p for p in folder.iterdir() if p.is_dir()}
         self.stages = {n: Stage(n, *counts) for n, counts in s["stages"].items()}
         self._restored, self._saved_at = None, self.progress
         planned, self.total = self.total, s["total"]

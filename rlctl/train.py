@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl import parallel
 from rlctl.data.ring import Ring, refuse_if_too_large
 from rlctl.data.rollout import Rollout
 from rlctl.types import Agent, AgentConfig, Batch, Buffer, Count, Metrics, Positive, Regime
@@ -80,7 +81,7 @@ def collect(agent: Agent, env: VecEnv, obs: Tensor, into: Buffer | Rollout, run:
     next_obs, reward, terminated, truncated, info = env.step(action)
     into.add(Batch(obs, action, reward, info["next_obs"], terminated, truncated, extra))
     run.episodes.add(reward, terminated | truncated)
-    agent.counters["env_steps"] += env.num_envs
+    agent.counters["env_steps"] += env.num_envs * parallel.world_size()
     return next_obs
 
 
@@ -101,7 +102,7 @@ def on_policy(
 ) -> None:
     """Roll out `horizon` steps of every world, learn once from them, until the stage has taken `steps` env steps.
 
-    What is not given comes from the agent's config.
+    Steps are those of all processes that share the update (`rlctl.parallel`). What is not given comes from the agent's config.
     """
     steps, horizon = agent.cfg.steps if steps is None else steps, agent.cfg.horizon if horizon is None else horizon
     stagger = getattr(agent.cfg, "stagger", False) if stagger is None else stagger
@@ -117,7 +118,7 @@ def on_policy(
                 obs = collect(agent, env, obs, rollout, run)
         with run.timed("learn"):
             metrics = learn(rollout.whole())
-        run.tick(agent, [metrics], env_steps=horizon * env.num_envs)
+        run.tick(agent, [metrics], env_steps=horizon * env.num_envs * parallel.world_size())
 
 
 def off_policy(
@@ -202,7 +203,7 @@ class Job:
 def train_on_policy(job: Job) -> None:
     """The schedule of an on-policy agent."""
     assert job.env is not None
-    on_policy(job.agent, job.env, job.run)
+    on_policy(job.agent, job.env, job.run, steps=job.cfg.steps)
 
 
 def train_off_policy(job: Job) -> None:

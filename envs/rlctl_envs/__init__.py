@@ -8,12 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlctl_envs.contract import NonFiniteAction, VecEnv
-from rlctl_envs.registry import UnknownTask, canonical, make, register_with_gymnasium, task_table
+from rlctl_envs.registry import UnknownTask, canonical, make, register_with_gymnasium, simulated_task, task_table
 
 if TYPE_CHECKING:
     from rlctl_envs.vector import MujocoVecEnv
+    from rlctl_envs.warp_vector import WarpVecEnv
 
-__all__ = ["MujocoVecEnv", "NonFiniteAction", "UnknownTask", "VecEnv", "canonical", "make", "task_table"]
+__all__ = [
+    "MujocoVecEnv",
+    "NonFiniteAction",
+    "UnknownTask",
+    "VecEnv",
+    "WarpVecEnv",
+    "canonical",
+    "make",
+    "simulated_task",
+    "task_table",
+]
 
 register_with_gymnasium()
 
@@ -24,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from rlctl_envs.vector import MujocoVecEnv
 
         return MujocoVecEnv
+    if name == "WarpVecEnv":
+        from rlctl_envs.warp_vector import WarpVecEnv
+
+        return WarpVecEnv
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,6 +66,8 @@ def make(
     task_name = _mujoco_name(name)
     if task_name is not None:
         return _simulated(task_name, num_envs, backend, threads, physics, task_kwargs, common)
+    if backend == "warp":
+        raise ValueError(f"{name} cannot be simulated on a GPU: only the MuJoCo tasks of `rlctl envs` can.")
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import make_probe
 
@@ -110,6 +112,11 @@ def _simulated(
     from rlctl_envs.vector import MujocoVecEnv
 
     return MujocoVecEnv(built, num_envs, backend=choice.backend, threads=threads, **common)
+
+
+def simulated_task(name: str) -> str | None:
+    """The MuJoCo task of that name ("Hopper" for "hopper-v5"), or None if it is another kind of environment."""
+    return _mujoco_name(name)
 
 
 def canonical(name: str) -> str:

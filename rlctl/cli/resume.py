@@ -23,5 +23,5 @@ def resume(
     from rlctl.cli.train import summarize
 
     folder, result = experiment.resume(run_dir, steps, quiet=quiet)
-    if not quiet:
+    if not quiet and folder is not None:
         summarize(folder, result is not None)

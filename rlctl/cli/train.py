@@ -39,7 +39,20 @@ def train(
     ] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Worlds simulated side by side.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Root of every random stream of the run.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N: where networks and buffers live. auto says what it picked, and why."),
+    ] = None,
+    env_backend: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cpu or warp: who simulates MuJoCo tasks. warp is a GPU (pip install 'rlctl\\[warp]'); auto takes "
+            "it with --device cuda and many worlds."
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the losses: slower start, then faster PPO updates.")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file of settings, e.g. the config.yaml of another run.", show_default=False),
@@ -67,18 +80,23 @@ def train(
       rlctl train --algo td3bc --data mujoco/hopper/medium-v0
 
       rlctl train --algo my_pkg.my_file:MyAgent --env Pendulum-v1
+
+      rlctl train --algo ppo --env Humanoid --num-envs 4096 --device cuda
     """
     from rlctl import experiment  # torch takes a second to import: --help must not wait for it
     from rlctl.config import parse_overrides
 
     flags: dict[str, Any] = {"algo": algo, "env": env, "data": data, "seed": seed, "device": device}
+    flags["env_backend"] = env_backend
     flags = {k: v for k, v in flags.items() if v is not None}
+    if compile_:
+        flags["run"] = {"compile": True}
     sizes = {"steps": steps, "num_envs": num_envs}
     flags["agent"] = {k: v for k, v in sizes.items() if v is not None}
     layers = [experiment.load_yaml(config)] if config is not None else []
     settings = experiment.resolve(algo, [*layers, parse_overrides(set_ or []), flags])
     folder, result = experiment.train(settings, out, quiet=quiet)
-    if not quiet:
+    if not quiet and folder is not None:
         summarize(folder, result is not None)
 
 

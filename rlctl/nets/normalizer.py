@@ -9,11 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rlctl import parallel
 from rlctl.ops.returns import discounted_sums
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all rows seen, merged batch by batch (Chan et al. 1979), in float64."""
+    """Mean and variance of all rows seen, merged batch by batch (Chan et al. 1979), in float64.
+
+    Where several processes share the update, a batch is the rows of all of them.
+    """
 
     mean: Tensor
     var: Tensor
@@ -30,7 +34,7 @@ class RunningMoments(nn.Module):
         """Merge the rows of `x` [..., *shape]."""
         rows = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(rows, 0, correction=0)
-        n = len(rows)
+        mean, var, n = parallel.merged_moments(mean, var, len(rows))
         total = self.count + n
         shift = mean - self.mean
         # until data has come, `var` is the neutral 1 and weighs nothing

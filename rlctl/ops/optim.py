@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from rlctl import parallel
 from rlctl.host_numbers import scalar
 from rlctl.ops.dense import wanted
 
@@ -124,8 +125,13 @@ def gradients(
 def apply_gradients(
     opt: torch.optim.Optimizer, grads: Sequence[Tensor | None], max_grad_norm: float | None = None
 ) -> None:
-    """Step `opt` with `grads`, first rescaled to the global L2 norm `max_grad_norm` when they are longer."""
+    """Step `opt` with `grads`, first rescaled to the global L2 norm `max_grad_norm` when they are longer.
+
+    Where several processes share the update, `grads` are first averaged over them.
+    """
     params = _params(opt)
+    if parallel.world_size() > 1:
+        grads = parallel.mean_gradients(grads)
     if max_grad_norm is not None and (present := [g for g in grads if g is not None]):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
         # not in place: autograd may hand out one tensor for two parameters, or one that is expanded
