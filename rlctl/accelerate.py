@@ -66,7 +66,7 @@ class Recorder(Protocol):
         """Do the same again, on the same memory."""
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises CannotCapture where an operation reads a tensor on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,13 +76,13 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Tape(Watch):
+class Tape(Watch):  # type: ignore[no-untyped-call]
     """Operations recorded and run again one by one, each into the memory of its first result: a graph's stand-in."""
 
     runs_while_recording = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ops: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def record(self, run: Callable[[], Any]) -> Any:
@@ -126,7 +126,8 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:  # else each replay would draw the numbers of the capture
             self._graph.register_generator_state(generator)
-        self._stream, self._pool = torch.cuda.Stream(device), pool
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = pool
 
     def record(self, run: Callable[[], Any]) -> Any:
         """Capture; see `Recorder`."""
@@ -176,7 +177,7 @@ def follow(agent: Agent, run: Callable[[], Any]) -> tuple[_Turn, Any]:
                 group[key] = now.value
                 changed.append((group, key, now.expression))
             elif now != value:
-                changed.append((group, key, lambda _, now=now: now))
+                changed.append((group, key, _constant(now)))
         real.update({name: plain(value) for name, value in host.written.items()})
     own = {(id(group), key) for group, key, _ in changed}
     return _Turn(host, [s for s in before if (id(s[0]), s[1]) not in own], changed), out
@@ -205,6 +206,7 @@ class Captured:
         self.replays = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method does, by a replay where it can."""
         agent = self._agent
         if self.refused or agent.rng is not self._rng:  # the generators of an evaluation are not the recorded ones
             with self._scope():
@@ -243,7 +245,7 @@ class Captured:
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             with self._scope():
                 return self._method(*args, **kwargs)
-        stream = torch.cuda.Stream(device)
+        stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), self._scope():
             out = self._method(*args, **kwargs)
@@ -289,6 +291,10 @@ class Captured:
         self._refuse(f"{self._name}: {why}")
 
 
+def _constant(value: Any) -> Expression:
+    return lambda _: value
+
+
 def _group_settings(agent: Agent) -> list[tuple[dict[str, Any], str, Any]]:
     """Numbers in the parameter groups of the agent's optimisers: (group, key, value)."""
     return [
@@ -317,7 +323,9 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Ten
     return tuple(rest), flat
 
 
-def _joined(args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _joined(
+    args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`args` and `kwargs` with the tensors `flat` in place of their own: undoes `_split`."""
     rest = iter(flat)
 
@@ -444,7 +452,7 @@ def _rehearse(agent: Agent) -> str:
     before = _simple_attributes(twin)
     try:
         for _ in range(2):
-            with Watch():
+            with Watch():  # type: ignore[no-untyped-call]
                 follow(twin, lambda: twin.update(batch))
     except CannotCapture as e:
         return str(e)

@@ -25,7 +25,7 @@ from rlctl.errors import Interrupted, UsageError
 from rlctl.evaluate import Evaluation
 from rlctl.provenance import provenance
 from rlctl.run import Run, RunConfig, non_finite
-from rlctl.seeding import derive, generator
+from rlctl.seeding import derive
 from rlctl.train import SCHEDULES, Job
 from rlctl.types import Agent, Spec
 from rlctl_envs.engines import Backend, Choice, available_cores, choose
@@ -162,9 +162,7 @@ def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -
     return _carry_out(settings, folder, resume=False, quiet=quiet)
 
 
-def resume(
-    folder: Path, steps: int | None = None, *, quiet: bool = False
-) -> tuple[Path | None, Evaluation | None]:
+def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path | None, Evaluation | None]:
     """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
@@ -223,7 +221,7 @@ def pick_device(asked: str, settings: Settings | None = None) -> tuple[torch.dev
         )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{asked}': allowed are auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and device.index is None and parallel.launched():
+    if str(device) == "cuda" and parallel.launched():
         return torch.device("cuda", parallel.local_rank()), "as asked, one for each process"
     return device, "as asked"
 
@@ -396,7 +394,7 @@ def _refuse_unless_shareable(s: Settings) -> None:
 
 
 def _part(s: Settings, before: Mapping[str, Any]) -> Settings:
-    """The settings one process works with: its share of worlds and minibatches. `before` is the run.json of a resume."""
+    """The settings one process works with, its share of worlds and minibatches; `before`: the run.json of a resume."""
     size = parallel.world_size()
     if before and before.get("processes", 1) != size:
         raise UsageError(

@@ -89,7 +89,7 @@ class Counters(dict[str, int]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - `dict.get` does not call __getitem__
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._recording.written[name] = value
@@ -210,4 +210,3 @@ def followed() -> Iterator[None]:
         for name in MATH:
             stack.enter_context(mock.patch.object(math, name, wrap(getattr(math, name))))
         yield
-

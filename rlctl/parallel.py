@@ -96,6 +96,15 @@ def merged_moments(mean_here: Tensor, var_here: Tensor, rows: int) -> tuple[Tens
     return together, mean(var_here + (mean_here - together).square()), rows * world_size()
 
 
+def std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample standard deviation and mean of all ranks' elements together."""
+    if world_size() == 1:
+        return torch.std_mean(x)
+    var, here = torch.var_mean(x, correction=0)
+    together, var, n = merged_moments(here, var, x.numel())
+    return (var * (n / (n - 1))).sqrt(), together
+
+
 def anybody(flag: bool, device: torch.device) -> bool:
     """Whether any rank says yes; all of them ask at the same moment."""
     if world_size() == 1:
@@ -111,9 +120,9 @@ def broadcast(module: nn.Module) -> None:
 
 
 def share(cfg: C, size: int) -> C:
-    """The part of an on-policy agent's config that one of `size` ranks works with.
+    """The part of an on-policy agent's config that one of `size` ranks works with: `cfg` itself where `size` is 1.
 
-    With one rank that is `cfg` itself. Worlds and minibatches are divided, so that one update still learns from as many transitions in as many steps, and
+    Worlds and minibatches are divided, so that one update still learns from as many transitions in as many steps, and
     so are the steps, of which each rank makes its part. Raises UsageError where they cannot be divided.
     """
     if size == 1:
@@ -123,7 +132,9 @@ def share(cfg: C, size: int) -> C:
         value = getattr(cfg, f.name)
         if f.name == "num_envs" or f.name.endswith("minibatch_size"):
             if value % size:
-                raise UsageError(f"{f.name}={value} cannot be divided among {size} processes: choose a multiple of {size}")
+                raise UsageError(
+                    f"{f.name}={value} cannot be divided among {size} processes: choose a multiple of {size}"
+                )
             changes[f.name] = value // size
         elif f.name == "steps":
             changes[f.name] = -(-value // size)

@@ -102,7 +102,8 @@ def on_policy(
 ) -> None:
     """Roll out `horizon` steps of every world, learn once from them, until the stage has taken `steps` env steps.
 
-    Steps are those of all processes that share the update (`rlctl.parallel`). What is not given comes from the agent's config.
+    Steps are those of all processes that share the update (`rlctl.parallel`). What is not given comes from the agent's
+    config.
     """
     steps, horizon = agent.cfg.steps if steps is None else steps, agent.cfg.horizon if horizon is None else horizon
     stagger = getattr(agent.cfg, "stagger", False) if stagger is None else stagger

@@ -87,7 +87,7 @@ class WarpVecEnv(VecEnv):
         self._qvel0 = torch.zeros(model.nv, device=dev)
         # what a step reads and writes; never replaced, for a graph knows only addresses
         self._action = torch.zeros(n, self.act_dim, device=dev)
-        self._bad_action = torch.zeros(n, dtype=torch.bool, device=dev)
+        self._refused = torch.zeros(n, dtype=torch.bool, device=dev)
         self._obs = torch.zeros(n, self.obs_dim, dtype=dtype, device=dev)
         self._next_obs = torch.zeros_like(self._obs)
         self._reward = torch.zeros(n, dtype=dtype, device=dev)
@@ -120,7 +120,7 @@ class WarpVecEnv(VecEnv):
     def _control(self) -> None:
         """Actions of [-1, 1] to the simulator's units; rows that are not finite become zero and are marked."""
         finite = self._action.isfinite().all(-1)
-        torch.logical_not(finite, out=self._bad_action)
+        torch.logical_not(finite, out=self._refused)
         action = torch.where(finite[:, None], self._action, 0.0).clamp_(-1.0, 1.0)
         self.engine.sim.ctrl.copy_(action * self._half + self._middle)
 
@@ -134,14 +134,14 @@ class WarpVecEnv(VecEnv):
         before = self._before if self._moves else None
         reward = task.reward(xp, sim, sim.ctrl, before, after, healthy)
         good = (sim.state.abs() < RUNAWAY).all(-1) & obs.isfinite().all(-1) & reward.isfinite()
-        good &= ~self._bad_action
+        good &= ~self._refused
         self._next_obs.copy_(torch.where(good[:, None], obs, self._obs))
         self._reward.copy_(torch.where(good, reward, 0.0))
         torch.logical_not(good & healthy if task.terminates else good, out=self._terminated)
         self._clock.add_(1)
         torch.ge(self._clock, self.episode_len, out=self._truncated)
         torch.logical_or(self._terminated, self._truncated, out=mask)
-        self._counts.add_(torch.stack([(~good & ~self._bad_action).sum(), self._bad_action.sum()]))
+        self._counts.add_(torch.stack([(~good & ~self._refused).sum(), self._refused.sum()]))
         self._overflow.bitwise_or_(self.engine.overflow)
         if after is not None:
             self._after.copy_(after)
@@ -291,8 +291,8 @@ class WarpVecEnv(VecEnv):
 
 
 def _indexed(device: str | torch.device) -> torch.device:
-    """"cuda" with the number of the current device, which warp and torch then agree on."""
+    """The device, with the number of the current one where it is plain "cuda": warp and torch then agree on it."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlctl import parallel
 from rlctl.nets.mlp import Activation
 from rlctl.ops import gae, minibatches, minimize
 from rlctl.train import OnPolicyConfig
@@ -77,8 +78,8 @@ def clipped_surrogate(ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
 
 
 def standardized(adv: Tensor, eps: float = 1e-8) -> Tensor:
-    """(A - mean) / (std + eps) over a batch `[B]`."""
-    std, mean = torch.std_mean(adv)
+    """(A - mean) / (std + eps) over a batch `[B]`, and over all processes that share the update."""
+    std, mean = parallel.std_mean(adv)
     return (adv - mean) / (std + eps)
 
 

@@ -41,13 +41,15 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Root of every random stream of the run.")] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N: where networks and buffers live. auto says what it picked, and why."),
+        typer.Option(
+            help="auto, cpu, cuda or cuda:N: where networks and buffers live. auto says what it picked, and why."
+        ),
     ] = None,
     env_backend: Annotated[
         str | None,
         typer.Option(
-            help="auto, cpu or warp: who simulates MuJoCo tasks. warp is a GPU (pip install 'rlctl\\[warp]'); auto takes "
-            "it with --device cuda and many worlds."
+            help="auto, cpu or warp: who simulates MuJoCo tasks. warp is a GPU (pip install 'rlctl\\[warp]'); auto "
+            "takes it with --device cuda and many worlds."
         ),
     ] = None,
     compile_: Annotated[

@@ -367,7 +367,7 @@ def test_numbers_remember_where_they_come_from() -> None:
         lambda n: n % 2 == 0,
         lambda n: bool(n % 2),
         lambda n: not n % 2,
-        lambda n: 3 < n,
+        lambda n: n > 3,
         lambda n: n in (4, 6),
         lambda n: {4: 1}.get(n, 0),
     ],

@@ -294,7 +294,8 @@ def test_before_the_first_reset_and_after_close() -> None:
 
 def test_physics_and_options() -> None:
     margins = {
-        physics: make("Hopper", physics=physics).engine._model.geom_margin.numpy() for physics in ("native", "published")
+        physics: make("Hopper", physics=physics).engine._model.geom_margin.numpy()
+        for physics in ("native", "published")
     }
     expected = load_model(TASKS["Hopper"](), "published").geom_margin
     np.testing.assert_allclose(margins["published"].flatten(), expected, rtol=1e-6)

@@ -85,7 +85,9 @@ def choose(task: str, num_envs: int, device: torch.device | str, asked: Backend 
     if device.type != "cuda":
         return Choice("cpu", "the device is the CPU")
     if missing := missing_packages():
-        return Choice("cpu", f"{' and '.join(missing)} not installed: pip install 'rlctl[{EXTRA}]' to simulate on a GPU")
+        return Choice(
+            "cpu", f"{' and '.join(missing)} not installed: pip install 'rlctl[{EXTRA}]' to simulate on a GPU"
+        )
     measured = crossovers().get(task)
     if measured is None:
         side = "warp" if num_envs >= PROVISIONAL else "cpu"

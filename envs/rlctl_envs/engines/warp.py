@@ -27,6 +27,7 @@ import warp as wp
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlctl_envs.engines import warp_kernels as kernels
 from rlctl_envs.tasks import SimState, Task
 
 NEWTON_ITERATIONS = 100
@@ -59,76 +60,10 @@ NO_LOSS = ("ITERATIONS", "LS_ITERATIONS", "TACTILE")
 _PLANE, _CAPSULE = int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_CAPSULE)
 
 
-@wp.kernel(enable_backward=False)
-def _capsule_frames_kernel(
-    geom_type: wp.array(dtype=int),
-    geom_xmat: wp.array2d(dtype=wp.mat33),
-    count: wp.array(dtype=int),
-    geoms: wp.array(dtype=wp.vec2i),
-    world: wp.array(dtype=int),
-    plane: int,
-    capsule: int,
-    frame: wp.array(dtype=wp.mat33),
-):
-    # First tangent of a plane-capsule contact: the capsule's axis projected on the plane, whatever its length.
-    c = wp.tid()
-    if c >= count[0]:
-        return
-    pair = geoms[c]
-    if pair[0] < 0 or geom_type[pair[0]] != plane or geom_type[pair[1]] != capsule:
-        return
-    pose = geom_xmat[world[c], pair[1]]
-    old = frame[c]
-    normal = wp.vec3(old[0, 0], old[0, 1], old[0, 2])
-    axis = wp.vec3(pose[0, 2], pose[1, 2], pose[2, 2])
-    tangent = axis - normal * wp.dot(normal, axis)
-    length = wp.length(tangent)
-    if length < 1.0e-7:
-        return
-    tangent = tangent / length
-    other = wp.cross(normal, tangent)
-    frame[c] = wp.mat33(
-        normal[0], normal[1], normal[2], tangent[0], tangent[1], tangent[2], other[0], other[1], other[2]
-    )
-
-
-@wp.kernel(enable_backward=False)
-def _read_state_kernel(nq: int, qpos: wp.array2d(dtype=float), qvel: wp.array2d(dtype=float), out: wp.array2d(dtype=float)):
-    world, i = wp.tid()
-    if i < nq:
-        out[world, i] = qpos[world, i]
-    else:
-        out[world, i] = qvel[world, i - nq]
-
-
-@wp.kernel(enable_backward=False)
-def _write_start_kernel(
-    mask: wp.array(dtype=bool),
-    nq: int,
-    start: wp.array2d(dtype=float),
-    qpos: wp.array2d(dtype=float),
-    qvel: wp.array2d(dtype=float),
-):
-    world, i = wp.tid()
-    if not mask[world]:
-        return
-    if i < nq:
-        qpos[world, i] = start[world, i]
-    else:
-        qvel[world, i - nq] = start[world, i]
-
-
-@wp.kernel(enable_backward=False)
-def _clear_rows_kernel(mask: wp.array(dtype=bool), x: wp.array2d(dtype=float)):
-    world, i = wp.tid()
-    if mask[world]:
-        x[world, i] = 0.0
-
-
 def _capsule_frames(m: Any, d: Any) -> None:
     """Correct the frames of plane-capsule contacts; called by mujoco_warp between collision and constraints."""
     wp.launch(
-        _capsule_frames_kernel,
+        kernels.capsule_frames,
         dim=d.naconmax,
         inputs=[m.geom_type, d.geom_xmat, d.nacon, d.contact.geom, d.contact.worldid, _PLANE, _CAPSULE],
         outputs=[d.contact.frame],
@@ -239,20 +174,20 @@ class WarpEngine:
         d, n = self._data, self.num_envs
         mjw.reset_data(self._model, d, reset=self._mask)
         wp.launch(
-            _write_start_kernel, (n, self._size), inputs=[self._mask, self._nq, self._start], outputs=[d.qpos, d.qvel]
+            kernels.write_start, (n, self._size), inputs=[self._mask, self._nq, self._start], outputs=[d.qpos, d.qvel]
         )
         if self._derived:
             mjw.kinematics(self._model, d)
             mjw.com_pos(self._model, d)
             mjw.com_vel(self._model, d)
         for x in self._cleared:
-            wp.launch(_clear_rows_kernel, x.shape, inputs=[self._mask], outputs=[x])
+            wp.launch(kernels.clear_rows, x.shape, inputs=[self._mask], outputs=[x])
         self._read_state()
 
     def _read_state(self) -> None:
         d = self._data
         wp.launch(
-            _read_state_kernel, (self.num_envs, self._size), inputs=[self._nq, d.qpos, d.qvel], outputs=[self._state]
+            kernels.read_state, (self.num_envs, self._size), inputs=[self._nq, d.qpos, d.qvel], outputs=[self._state]
         )
 
     @contextlib.contextmanager
@@ -260,7 +195,7 @@ class WarpEngine:
         """Within, warp works on this engine's device, and on torch's current stream where that is a CUDA device."""
         if self._device.is_cuda:
             # torch orders the work: one and the same stream serves both
-            stream = wp.stream_from_torch(torch.cuda.current_stream(self.device))
+            stream: Any = wp.stream_from_torch(torch.cuda.current_stream(self.device))
             with wp.ScopedStream(stream, sync_enter=False):
                 yield
         else:

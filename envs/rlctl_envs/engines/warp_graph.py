@@ -93,7 +93,7 @@ class Program:
             return
         # a capture wants a stream of its own; warming up there lets the allocator find its memory
         device = self._engine.device
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._run_parts(WARM_UP)
@@ -119,7 +119,7 @@ class Program:
     def _one_graph(self) -> Callable[[], None]:
         """Everything in a CUDA graph that torch opens and warp joins."""
         device = self._engine.device
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         joined = wp.stream_from_torch(stream)
         graph = self._torch_graph()
         with (
@@ -166,7 +166,7 @@ class Program:
 
     def _torch_piece(self, run: list[Part]) -> Callable[[], None]:
         graph = self._torch_graph()
-        stream = torch.cuda.Stream(self._engine.device)
+        stream = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for part in run:
                 part.run()
