@@ -11,10 +11,11 @@ print(rlctl.evaluate(agent, rlctl.make_env("Hopper", num_envs=10), episodes=10).
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rlctl import agents
+from rlctl.accelerate import accelerate
 from rlctl.data import Mix, Ring, Rollout
 from rlctl.errors import Diverged, Interrupted, RlctlError, UsageError
 from rlctl.evaluate import Evaluation, evaluate
@@ -25,7 +26,10 @@ from rlctl.types import Agent, AgentConfig, Batch, Metrics, Spec
 from rlctl_envs import VecEnv
 from rlctl_envs import make as make_env
 
-__version__ = version("rlctl")
+try:
+    __version__ = version("rlctl")
+except PackageNotFoundError:  # a source tree on the path
+    __version__ = "unknown"
 
 
 def make_agent(algo: str | type[Agent], env: VecEnv, cfg: Any = None, *, seed: int = 0) -> Agent:
@@ -64,6 +68,7 @@ __all__ = [
     "Spec",
     "UsageError",
     "VecEnv",
+    "accelerate",
     "collect",
     "evaluate",
     "load_agent",

@@ -365,11 +365,14 @@ class Report:
     reasons: tuple[str, ...]
     """Why others do not."""
     compiled: tuple[str, ...]
+    """Losses that run through torch.compile."""
     precision: str
+    """The arithmetic, in words."""
+    kind: str = "CUDA graphs"
 
     def say(self) -> str:
         """One line for a log."""
-        parts = [f"{' and '.join(self.captured)} as CUDA graphs" if self.captured else "no graphs"]
+        parts = [f"{' and '.join(self.captured)} as {self.kind}" if self.captured else "no graphs"]
         parts[0] += f" ({'; '.join(self.reasons)})" if self.reasons else ""
         if self.compiled:
             parts.append(f"torch.compile of {', '.join(self.compiled)}")
@@ -420,7 +423,8 @@ def accelerate(
 
     agent.act = Captured(agent, "act", recorder, say, contextlib.nullcontext)  # type: ignore[method-assign]
     agent.update = Captured(agent, "update", recorder, say, scope)  # type: ignore[method-assign]
-    return Report(("update", "act"), (), compiled, policy)
+    kind = "tapes, which stand for CUDA graphs in tests" if graphs == "tape" else "CUDA graphs"
+    return Report(("update", "act"), (), compiled, policy, kind)
 
 
 def _obstacle(agent: Agent, graphs: Graphs) -> str:

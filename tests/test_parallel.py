@@ -170,7 +170,7 @@ def test_a_run_under_torchrun(tmp_path: Path) -> None:
         *[x for s in sets for x in ("--set", s)],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 processes, 2 worlds each" in done.stdout
+    assert "2 processes, 2 worlds each" in done.stderr
     assert done.stdout.count("final evaluation") == 1
     record = json.loads((folder / "run.json").read_text())
     assert (record["status"], record["processes"], record["progress"]) == ("done", 2, 640)

@@ -55,7 +55,8 @@ class Program:
         cuda = self._engine.device.type == "cuda"
         if wanted == "graph" and not cuda:
             raise ValueError("capture='graph' needs a CUDA device: torch has no graphs on the CPU; use 'auto'.")
-        self._warm_up()
+        if wanted != "eager":
+            self._warm_up()
         why = "as asked"
         if wanted == "auto":
             why = "" if cuda else "torch has no graphs on the CPU"
@@ -77,6 +78,10 @@ class Program:
             wanted = "eager"
         self._capture(wanted)
         self.reason = why
+
+    def run_eagerly(self) -> None:
+        """Run all parts once without any graph, whatever the mode; to measure what capturing gains."""
+        self._run_parts()
 
     def __call__(self) -> None:
         """Run all parts once."""
