@@ -32,9 +32,9 @@ from rlctl import parallel
 from rlctl.host_numbers import Counters, Expression, HostNumber, Recording, followed, plain
 from rlctl.types import Agent, Batch
 
-Graphs: TypeAlias = Literal["auto", "on", "off", "tape"]
-"""auto: CUDA graphs where the agent is on a CUDA device. on: the same, and an error elsewhere. tape: the CPU stand-in
-for tests. off: never."""
+Graphs: TypeAlias = Literal["auto", "require", "never", "tape"]
+"""auto: CUDA graphs where the agent is on a CUDA device. require: the same, and an error elsewhere. never: none. tape: the
+CPU stand-in for tests."""
 Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
 WARM_UP = 2
@@ -398,14 +398,14 @@ def accelerate(
             float32. The first two set torch's switch for the whole process.
         say: is told when a method gives up being captured later on.
 
-    Raises ValueError when graphs="on" cannot be had.
+    Raises ValueError when graphs="require" cannot be had.
     """
     device = agent.spec.device
     scope, policy = _precision(precision, device)
     why = _obstacle(agent, graphs)
     compiled = _compile_losses(agent) if compile else ()  # after the rehearsal, which copies the agent
-    if why and graphs == "on":
-        raise ValueError(f"graphs='on': {type(agent).__name__} cannot be captured: {why}.")
+    if why and graphs == "require":
+        raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {why}.")
     if why:
         if precision == "bf16":
             plain_update = agent.update
@@ -429,7 +429,7 @@ def accelerate(
 
 def _obstacle(agent: Agent, graphs: Graphs) -> str:
     """What keeps an agent from being captured; empty if nothing does."""
-    if graphs == "off":
+    if graphs == "never":
         return "switched off"
     if graphs != "tape" and agent.spec.device.type != "cuda":
         return "graphs need a CUDA device"

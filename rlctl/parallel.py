@@ -70,7 +70,7 @@ def mean_gradients(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     if world_size() == 1 or not present:
         return list(grads)
     flat = mean(torch.cat([g.reshape(-1) for g in present]))
-    parts = iter(flat.split([g.numel() for g in present]))
+    parts = iter(torch.split(flat, [g.numel() for g in present]))
     return [None if g is None else next(parts).view(g.shape) for g in grads]
 
 

@@ -70,8 +70,8 @@ class RunConfig:
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch; None takes all cores, or one where the networks are too small to gain from more. Results
     are bit-reproducible for one value of it."""
-    graphs: Literal["auto", "on", "off"] = "auto"
-    """Run updates and actions from CUDA graphs: auto on a CUDA device where the agent allows it; on insists."""
+    graphs: Literal["auto", "require", "never"] = "auto"
+    """Run updates and actions from CUDA graphs: auto where device and agent allow it; require insists."""
     compile: bool = False
     """Run the agent's losses through torch.compile: seconds to half a minute at the start, faster updates after it for
     agents with many small steps (PPO)."""

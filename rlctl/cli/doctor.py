@@ -89,10 +89,14 @@ def _check_learning() -> dict[str, Any]:
 def _check_cuda() -> dict[str, Any]:
     import torch
 
+    from rlctl_envs.engines.choice import missing_packages
+
     if not torch.cuda.is_available():
         return {"name": "CUDA", "ok": True, "detail": f"no device: torch {torch.__version__} runs on the CPU"}
     free, total = torch.cuda.mem_get_info()
     detail = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if missing := missing_packages():
+        detail += f"; {' and '.join(missing)} missing: pip install 'rlctl[warp]' to simulate there"
     return {"name": "CUDA", "ok": True, "detail": detail}
 
 

@@ -82,8 +82,8 @@ def test_agents_that_read_on_the_host_are_refused_by_name(name: str) -> None:
     before = snapshot(agent)
     agent.update(batch_for(agent))
     assert differing(agent, before)
-    with pytest.raises(ValueError, match=r"graphs='on'.* cannot be captured"):
-        accelerate(tiny(name), graphs="on")
+    with pytest.raises(ValueError, match=r"graphs=require.* cannot be captured"):
+        accelerate(tiny(name), graphs="require")
 
 
 def test_on_a_cpu_there_are_no_graphs() -> None:
@@ -92,7 +92,7 @@ def test_on_a_cpu_there_are_no_graphs() -> None:
     assert report.captured == ()
     assert report.reasons == ("graphs need a CUDA device",)
     assert "update" not in vars(agent)
-    assert accelerate(agent, graphs="off").reasons == ("switched off",)
+    assert accelerate(agent, graphs="never").reasons == ("switched off",)
 
 
 def test_rehearsal_leaves_the_agent_alone() -> None:
@@ -271,7 +271,7 @@ def test_a_learning_rate_changed_from_outside_is_noticed() -> None:
 @pytest.mark.parametrize("name", ["ppo", "td3"])
 def test_whole_runs_are_the_same(name: str) -> None:
     results = []
-    for graphs in ("off", "tape"):
+    for graphs in ("never", "tape"):
         cfg: dict[str, Any] = {"steps": 640, "hidden": (16, 16), "num_envs": 4}
         cfg |= {"horizon": 16, "minibatch_size": 32, "epochs": 2} if name == "ppo" else {"learning_starts": 400}
         env = make_probe("both", 4, seed=0)
@@ -310,7 +310,7 @@ def _matmul_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_matmul_precision")
-@pytest.mark.parametrize("graphs", ["off", "tape"])
+@pytest.mark.parametrize("graphs", ["never", "tape"])
 @pytest.mark.parametrize("name", ["ppo", "sac", "td3"])
 def test_bfloat16_losses(name: str, graphs: Any) -> None:
     """Near the float32 update, not equal to it; parameters, moments and actions stay float32."""

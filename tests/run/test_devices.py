@@ -1,0 +1,91 @@
+"""Where a run computes and simulates, and that it says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlctl import experiment
+from rlctl.errors import UsageError
+from rlctl_envs.engines import choice
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a GPU and all packages, where nobody has measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "missing_packages", list)
+    monkeypatch.setattr(choice, "crossovers", dict)
+    return monkeypatch
+
+
+def settings(algo: str = "ppo", **layer: Any) -> experiment.Settings:
+    return experiment.resolve(algo, [{"env": "Hopper", **layer}])
+
+
+def test_auto_stays_on_the_cpu_with_cpu_tasks_and_small_networks(gpu: pytest.MonkeyPatch) -> None:
+    device, why = experiment.pick_device("auto", settings())
+    assert device.type == "cpu"
+    assert "simulated on the CPU" in why
+    large = settings("sac", agent={"hidden": [2048, 2048]})
+    assert experiment.pick_device("auto", large) == (torch.device("cuda", 0), "the networks are large")
+
+
+def test_auto_goes_where_the_tasks_are_simulated(gpu: pytest.MonkeyPatch) -> None:
+    many = settings(agent={"num_envs": 4096})
+    device, why = experiment.pick_device("auto", many)
+    assert device.type == "cuda"
+    assert "a guess" in why
+    assert experiment.pick_device("auto", settings(env_backend="warp"))[0].type == "cuda"
+    on_cpu = settings(agent={"num_envs": 4096}, env_backend="cpu")
+    assert experiment.pick_device("auto", on_cpu)[0].type == "cpu"
+    probe = experiment.resolve("ppo", [{"env": "probe:both", "agent": {"num_envs": 4096}}])
+    assert experiment.pick_device("auto", probe)[0].type == "cpu"
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, why = experiment.pick_device("auto", settings(agent={"num_envs": 4096}))
+    assert device.type == "cpu"
+    assert "sees no CUDA device" in why
+    for asked in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match="this machine shows no CUDA device"):
+            experiment.pick_device(asked)
+    with pytest.raises(UsageError, match="--env-backend warp: this machine shows no CUDA device"):
+        experiment.pick_device("auto", settings(env_backend="warp"))
+    with pytest.raises(UsageError, match="allowed are auto, cpu, cuda"):
+        experiment.pick_device("tpu")
+
+
+def test_every_process_gets_a_gpu_of_its_own(gpu: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "6"), ("LOCAL_RANK", "2")):
+        gpu.setenv(name, value)
+    assert experiment.pick_device("cuda")[0] == torch.device("cuda", 2)
+    assert experiment.pick_device("cuda:1")[0] == torch.device("cuda", 1)
+
+
+def test_backends_are_checked_and_kept_in_the_config() -> None:
+    with pytest.raises(UsageError, match="env_backend is one of auto, cpu, warp; got 'gpu'"):
+        settings(env_backend="gpu")
+    assert "env_backend" not in settings().plain()
+    assert settings(env_backend="cpu").plain()["env_backend"] == "cpu"
+    assert settings().key() == settings(device="cpu").key()
+
+
+def test_a_run_records_and_keeps_its_engine(tmp_path: Path, gpu: pytest.MonkeyPatch) -> None:
+    """What was picked at the start is what a resumed run takes, whatever `auto` would say by then."""
+    gpu.undo()
+    layer = {"steps": 64, "num_envs": 4, "horizon": 16, "minibatch_size": 32, "run": {"final_episodes": 0}}
+    layer["run"] = {"final_episodes": 0, "eval_every": 0, "tensorboard": False}
+    folder, _ = experiment.train(settings(device="cpu", agent={}, **layer), tmp_path / "run", quiet=True)
+    assert folder is not None
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["engine"], record["processes"]) == ("cpu", 1)
+    record["engine"] = "pool"
+    (folder / "run.json").write_text(json.dumps(record))
+    experiment.resume(folder, 128, quiet=True)
+    assert json.loads((folder / "run.json").read_text())["engine"] == "pool"
