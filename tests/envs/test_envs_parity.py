@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rlctl_envs.engines import load_model, margins_add
-from rlctl_envs.engines.base import assets
 from rlctl_envs.tasks import NUMPY, TASKS, TORCH, SimState
 from rlctl_envs.vector import MujocoVecEnv
 
@@ -149,7 +148,7 @@ def test_torch_and_numpy_agree(name: str) -> None:
 def test_published_margins(name: str) -> None:
     """A model that gives every geom one margin has it halved where MuJoCo adds margins; others are left alone."""
     task = TASKS[name]()
-    stock = mujoco.MjModel.from_xml_path(str(assets() / task.xml)).geom_margin
+    stock = mujoco.MjModel.from_xml_path(str(task.model_path())).geom_margin
     expected = {"Hopper": 0.001, "Ant": 0.01, "Humanoid": 0.001, "HumanoidStandup": 0.001, "Pusher": 0.002}
     np.testing.assert_array_equal(stock, expected.get(name, 0.0))
     np.testing.assert_array_equal(load_model(task, "native").geom_margin, stock)
