@@ -12,7 +12,7 @@ Algo = Annotated[
     str | None, typer.Option(help="Algorithm: a name of `rlctl algos`, or package.module:Class for one of your own.")
 ]
 Env = Annotated[
-    str | None, typer.Option(help="Task: Hopper (means Hopper-v5), any Gymnasium id, or probe:NAME. See `rlctl envs`.")
+    str | None, typer.Option(help="Task: Hopper (means Hopper-v5), dmc:hopper-stand, any Gymnasium id, or probe:NAME. See `rlctl envs`.")
 ]
 Data = Annotated[
     str | None,
@@ -84,11 +84,13 @@ def train(
 
 def summarize(folder: Path, evaluated: bool) -> None:
     """What came out and where it lies."""
+    from rlctl.data.reference import score_text
+
     record = json.loads((folder / "run.json").read_text())
     if evaluated:
         final = record["final"]
         score = final["normalized_score"]
-        normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
+        normalized = "" if score is None else f", {score_text(record['eval_env'], score)}"
         print(
             f"final evaluation: {final['return_mean']:.1f} ± {final['return_std']:.1f} "
             f"over {final['episodes']} episodes (deterministic actions{normalized})"

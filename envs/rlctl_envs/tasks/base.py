@@ -86,7 +86,7 @@ class Task:
     contact_forces: ClassVar[bool] = False
     """Whether `cfrc_ext` is read, which the simulator computes only on request."""
     islands: ClassVar[bool] = False
-    """Keep the solver's constraint islands. Off is faster and bit-identical, for every task but Pusher."""
+    """Keep the solver's constraint islands. Off is faster and bit-identical, but for Pusher and the finger."""
     constants: ClassVar[tuple[str, ...]] = ()
     fresh: ClassVar[bool] = False
     """Recompute what depends on positions and velocities after each step; forces stay those of the last substep."""

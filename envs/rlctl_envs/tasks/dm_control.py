@@ -13,10 +13,11 @@ What all of them share:
   step, touch sensors to its last physics substep (dm_control's "legacy step", `Task.fresh` here).
 
 Differs: where dm_control writes a target into the model for one episode (finger turn, fish, reacher), the model here
-stays as it is, since all simulations share it, and the target is kept in `SimState.goal`; none of them has any effect on
+stays as it is, since all simulations share it, and the target is kept in `SimState.goal`; no target has any effect on
 the physics. A simulation that diverges ends its episode; dm_control raises an exception.
 
-Notation in the docstrings: q is qpos, v is qvel, T(x; a..b, m) is `tolerance` of x for the interval [a, b] and margin m.
+Notation in the docstrings: q is qpos, v is qvel, T(x; a..b, m) the `tolerance` of x for the interval [a, b] and the
+margin m.
 """
 
 from __future__ import annotations
@@ -359,6 +360,7 @@ class _Finger(_RandomJoints):
     act_dim: ClassVar[int] = 2
     derived: ClassVar[tuple[str, ...]] = ("sensordata",)
     clear_start: ClassVar[bool] = True
+    islands: ClassVar[bool] = True
 
     _angles: slice = field(init=False, default_factory=_no_columns)
     _velocities: slice = field(init=False, default_factory=_no_columns)
