@@ -3,8 +3,8 @@
     python benchmarks/sb3_learning.py --algo ppo --env Hopper --seed 0
 
 PPO and TRPO get 8 DummyVecEnv worlds x 256 steps and VecNormalize (the peer's own recommendation for these tasks),
-otherwise the library's defaults; SAC and TD3 the defaults. The contact margins are halved as in rlctl's published physics.
-Evaluation is ours: 100 deterministic episodes at the end, 10 at each tenth of the budget.
+otherwise the library's defaults; SAC and TD3 the defaults. The contact margins are halved as in rlctl's published
+physics. Evaluation is ours: 100 deterministic episodes at the end, 10 at each tenth of the budget.
 """
 
 from __future__ import annotations
