@@ -12,7 +12,10 @@ Algo = Annotated[
     str | None, typer.Option(help="Algorithm: a name of `rlctl algos`, or package.module:Class for one of your own.")
 ]
 Env = Annotated[
-    str | None, typer.Option(help="Task: Hopper (means Hopper-v5), dmc:hopper-stand, any Gymnasium id, or probe:NAME. See `rlctl envs`.")
+    str | None,
+    typer.Option(
+        help="Task: Hopper (means Hopper-v5), dmc:hopper-stand, probe:NAME, any Gymnasium id. See `rlctl envs`."
+    ),
 ]
 Data = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""Normalised scores: D4RL's, 0 for a random policy and 100 for D4RL's expert; the DeepMind Control Suite's, return / 10.
+"""Normalised scores: D4RL's, 0 for a random policy and 100 for D4RL's expert; the Control Suite's, return / 10.
 
 D4RL's constants are facts of the benchmark (Fu et al. 2020, arXiv:2004.07219, and its code), the same for v0, v1 and v2
 of one task. They were measured on D4RL's own tasks: on a later version of a task (Hopper-v5), and on a dataset recorded
@@ -71,7 +71,7 @@ def reference_returns(name: str) -> tuple[float, float] | None:
 
 
 def normalized_score(name: str, ret: float) -> float | None:
-    """100 * (ret - low) / (high - low) for an undiscounted raw return and its `reference_returns`; None without them."""
+    """100 * (ret - low) / (high - low) for an undiscounted raw return and `reference_returns`; None without them."""
     references = reference_returns(name)
     if references is None:
         return None
