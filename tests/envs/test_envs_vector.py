@@ -27,13 +27,14 @@ BACKENDS = ("batch", "pool")
 # Of the suite's tasks those that do what the others do not: draw targets, avoid contacts, fall first, integrate by RK4.
 SUITE = ["hopper-hop", "cheetah-run", "finger-turn_easy", "fish-swim", "cartpole-swingup", "humanoid-walk"]
 HAVE_MODELS = importlib.util.find_spec("dm_control") is not None
-NAMES = [
-    *TASKS,
-    *(
-        pytest.param(f"dmc:{name}", marks=pytest.mark.skipif(not HAVE_MODELS, reason="needs the extra dmc"))
-        for name in SUITE
-    ),
-]
+
+
+def suite_task(name: str) -> Any:
+    """A parameter that is skipped where the models are not installed."""
+    return pytest.param(f"dmc:{name}", marks=pytest.mark.skipif(not HAVE_MODELS, reason="needs the extra dmc"))
+
+
+NAMES = [*TASKS, *map(suite_task, SUITE)]
 
 
 def actions(env: VecEnv, steps: int, seed: int = 0) -> torch.Tensor:
@@ -415,7 +416,10 @@ def test_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "Ant", "InvertedDoublePendulum"])
+@pytest.mark.parametrize(
+    "name",
+    ["HalfCheetah", "Hopper", "Ant", "InvertedDoublePendulum", suite_task("fish-swim"), suite_task("humanoid-walk")],
+)
 @pytest.mark.parametrize("poison", [1e11, float("nan")])
 def test_divergence_ends_the_episode(name: str, backend: str, poison: float, caplog: pytest.LogCaptureFixture) -> None:
     env = rlctl_envs.make(name, 3, seed=0, backend=backend)
