@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from rlctl.data.reward import RewardTransform
 
 NAMES = ("timestep", "next_action", "episode_return", "mc_return")
+
+
+class Request(NamedTuple):
+    """What a learner asked of its dataset, to be asked of later episodes too; see `Dataset.require`."""
+
+    names: tuple[str, ...]
+    gamma: float | None = None
+    reward: RewardTransform | None = None
+    extend_truncated: bool = False
+
+    def compute(self, rows: Batch, ends: Tensor) -> dict[str, Tensor]:
+        """The columns of whole episodes."""
+        names, gamma, reward, extend_truncated = self
+        return compute(names, rows, ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated)
 
 
 def compute(
@@ -49,6 +63,13 @@ def compute(
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(NAMES)}"
             raise ValueError(f"no column '{name}': {hint}")
     return out
+
+
+def column(b: Batch, name: str) -> Tensor:
+    """The column `name` of a batch; ValueError for a batch of data that nobody asked for it."""
+    if name not in b.extra:
+        raise ValueError(f"this batch has no column '{name}': call prepare(dataset) of the agent before its update")
+    return b.extra[name]
 
 
 def lengths(ends: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class Dataset:
         """Which pairs it holds, see `rlctl.data.arrays`."""
         self.origin = origin or Origin(id, "memory", env_id)
         """Where it comes from: format, the task's options, metadata."""
+        self.requests: dict[tuple[str, ...], columns.Request] = {}
+        """What `require` was asked for: the rows of an environment that join this data need the same."""
         self.share = 1.0
         """Share of its source's episodes that it holds, the best ones (`best_episodes`)."""
         self.seed = seed
@@ -127,10 +129,10 @@ class Dataset:
         `extend_truncated` lets an episode that was cut go on for ever with its last reward. An agent calls this in its
         `prepare`. ValueError for an unknown name or a missing `gamma`.
         """
-        added = columns.compute(
-            names, self.rows, self.episode_ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated
-        )
+        request = columns.Request(names, gamma, reward, extend_truncated)
+        added = request.compute(self.rows, self.episode_ends)
         self.rows = self.rows._replace(extra={**self.rows.extra, **added})
+        self.requests[names] = request
         return self
 
     def record(self) -> dict[str, Any]:
