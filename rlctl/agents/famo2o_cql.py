@@ -36,6 +36,8 @@ class FamO2OCQLConfig(CQLConfig):
     """Map the balance policy's draws as the official code does: from 2 beta_min - beta_max to beta_max."""
     balance_lr: Positive = 3e-4
     """Adam's learning rate of the balance policy."""
+    data_share: Fraction | None = None
+    """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
     cql_weight: NonNegative = 1.0
     """Weight of the conservative term; 0 is soft actor-critic."""
     lagrange_form: Literal["official", "scaled"] = "scaled"

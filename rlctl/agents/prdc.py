@@ -40,8 +40,9 @@ class PRDCConfig(OfflineRLConfig, TD3Settings):
     k: Count = 1
     """Which neighbour the policy is drawn to: the k-th nearest, alone (all published settings take the first)."""
     neighbours: Method = "auto"
-    """Search: tree (KD-tree on the host), matrix (all distances, on the device), or auto: the tree on a CPU if
-    observation and action have 64 numbers or fewer, else the matrix."""
+    """Search, exact in any case: tree (KD-tree on the host), shortlist (first the rows of near states, then the tree),
+    matrix (all distances, on the device), or auto: shortlist on a CPU if observation and action have 64 numbers or
+    fewer, else the matrix."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
@@ -80,14 +81,21 @@ class PRDC(Agent):
         rows = data.whole()
         if self.cfg.normalize_obs:
             self.obs_norm.fit(rows.obs)
-        self.index = neighbours(self.key(self.obs_norm(rows.obs), rows.action), self.cfg.neighbours)
+        table = self.key(self.obs_norm(rows.obs), rows.action)
+        self.index = neighbours(table, self.cfg.neighbours, self.spec.obs_dim)
+        data.require("row")
         self.data_action = rows.action
         self.host_reads = self.index.host_reads
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
+        """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`.
+
+        Stored beside it: that the observation is of no row of the dataset.
+        """
         action = self.pi(self.obs_norm(obs))
-        return (perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action), {}
+        elsewhere = torch.full(obs.shape[:-1], -1, dtype=torch.int64, device=obs.device)
+        action = perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action
+        return action, {"row": elsewhere}
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~): TD3's."""
@@ -98,16 +106,19 @@ class PRDC(Agent):
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     @torch.no_grad()
-    def nearest_action(self, obs: Tensor, action: Tensor) -> Tensor:
-        """The action [B, A] of the dataset's row nearest to (s, a), s z-scored."""
+    def nearest_action(self, obs: Tensor, action: Tensor, row: Tensor | None = None) -> Tensor:
+        """The action [B, A] of the dataset's row nearest to (s, a), s z-scored; `row` [B] is whose state s is, or -1.
+
+        Who does not know the row gets the same answer, later.
+        """
         if self.index is None or self.data_action is None:
             raise RuntimeError("PRDC has no data to look up neighbours in: call prepare(dataset) before update")
-        return self.data_action.index_select(0, self.index.nearest(self.key(obs, action), self.cfg.k))
+        return self.data_action.index_select(0, self.index.nearest(self.key(obs, action), self.cfg.k, row))
 
     def actor_loss(self, b: Batch) -> Tensor:
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a_nn)^2],  lambda = alpha / E|Q_1|; a_nn has no gradient."""
         action = self.pi(b.obs)
-        regulariser = (action - self.nearest_action(b.obs, action)).square().mean()
+        regulariser = (action - self.nearest_action(b.obs, action, b.extra.get("row"))).square().mean()
         return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + regulariser
 
     def seen(self, b: Batch) -> Batch:

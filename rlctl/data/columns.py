@@ -18,7 +18,9 @@ from rlctl.types import Batch
 if TYPE_CHECKING:
     from rlctl.data.reward import RewardTransform
 
-NAMES = ("timestep", "next_action", "episode_return", "mc_return")
+NAMES = ("timestep", "next_action", "episode_return", "mc_return", "row")
+OF_A_DATASET = {"row"}
+"""Columns that episodes of an environment do not have."""
 
 
 class Request(NamedTuple):
@@ -53,6 +55,8 @@ def compute(
             out[name], out["has_next_action"] = next_action(rows.action, ends)
         elif name == "episode_return":
             out[name] = episode_return(rows.reward, ends)
+        elif name == "row":
+            out[name] = torch.arange(len(rows.reward), device=rows.reward.device)
         elif name == "mc_return":
             if gamma is None:
                 raise ValueError("mc_return needs gamma, the learner's discount per step")
