@@ -26,6 +26,11 @@ OBS, ACT = 3, 2
 C = torch.tensor([0.3, -0.6])
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def near_c(obs: Tensor, action: Tensor) -> Tensor:
     return -(action - C.to(action.dtype)).square().sum(-1)
 
@@ -37,7 +42,6 @@ def gen(seed: int = 0) -> torch.Generator:
 # ------------------------------------------------------------------------------------------------------------ best of N
 @pytest.mark.parametrize("kind", ["flow", "diffusion", "gaussian"])
 def test_best_of_n(kind: str) -> None:
-    torch.manual_seed(0)
     base = {"flow": FlowPolicy, "diffusion": DiffusionPolicy, "gaussian": GaussianPolicy}[kind](OBS, ACT, (8,))
     best, obs = BestOfN(base, near_c, 6), torch.randn(5, OBS)
     assert base.noise_shape is not None
@@ -101,7 +105,6 @@ def test_the_critic_is_no_part_of_the_wrapper() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- edits
 def edited(beta: float, base_kind: str = "flow", **changes: Any) -> Edited:
-    torch.manual_seed(0)
     base = FlowPolicy(OBS, ACT, (8,)) if base_kind == "flow" else DiffusionPolicy(OBS, ACT, (8,))
     return Edited(base, TanhGaussianPolicy(OBS + ACT, ACT, (8,)), beta, **changes)
 
@@ -195,7 +198,6 @@ class GaussianNoise(nn.Module):
 
 @pytest.mark.parametrize("kind", [DiffusionPolicy, FlowPolicy])
 def test_all_weight_on_one_parent_is_that_parent(double: None, kind: Any) -> None:
-    torch.manual_seed(0)
     parents, obs = [kind(OBS, ACT, (8,)) for _ in range(3)], torch.randn(5, OBS)
     noise = parents[0].draw_noise(obs, generator=gen())
     for j in range(3):
@@ -223,7 +225,6 @@ def test_two_gaussians_of_equal_spread_compose_to_their_weighted_mean(double: No
 
 
 def test_parents_may_predict_different_things(double: None) -> None:
-    torch.manual_seed(0)
     a, b = DiffusionPolicy(OBS, ACT, (8,), clip=None), DiffusionPolicy(OBS, ACT, (8,), prediction="v", clip=None)
     obs, x, i = torch.randn(4, OBS), torch.randn(4, ACT), torch.tensor(3)
     mixed = Composed([a, b], [0.25, 0.75]).field(obs, x, i)
