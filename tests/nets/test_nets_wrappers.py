@@ -167,13 +167,17 @@ def test_ema() -> None:
     before = slow.clone()
     with torch.no_grad():
         first += 1.0
-    for step in (1, 2, 3, 5):
+    for step in (1, 3, 5):  # not its turn
         ema.update(step)
     assert torch.equal(slow, before)
     ema.update(4)
     torch.testing.assert_close(slow, before + 0.25)
     ema.update(6)
     torch.testing.assert_close(slow, before + 0.25 + 0.25 * 0.75)
+    ema.update(2)  # before the start: a plain copy
+    assert torch.equal(slow, first)
+    with torch.no_grad():
+        first += 1.0
     assert not slow.requires_grad
     obs, noise = torch.randn(4, OBS), torch.randn(4, ACT)
     assert torch.equal(ema.sample(obs, noise=noise), ema.slow.sample(obs, noise=noise))
