@@ -1,8 +1,9 @@
 """IDQL: IQL's values beside a diffusion policy that only clones; the values choose among its draws.
 
 Source: Hansen-Estruch et al. 2023, arXiv:2304.10573, with the expectile as its loss of V (values: arXiv:2110.06169).
-Differs: no dropout in the policy's network; a termination alone ends the value. The deterministic action is the best of
-fixed noise; exploring, a draw is taken with weight tau where Q > V and 1 - tau elsewhere (the expectile's own weights).
+Differs: no dropout in the policy's network. The deterministic action is the best of fixed noise; exploring takes the
+best of fresh draws, or with `implicit_policy` draws one by the weights that the expectile implies (tau where Q > V and
+1 - tau elsewhere), as the paper does while fine-tuning online.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class ChosenByValueConfig(OfflineConfig):
     """Which expectile of Q over the data's actions is V: 0.5 is their mean, towards 1 the best of them."""
     num_candidates: Count = 32
     """Actions drawn to act, of which the values choose one; 1 is behaviour cloning."""
+    implicit_policy: bool = False
+    """Exploring, draw a candidate by the weights of the policy that V implies instead of taking the best."""
     gamma: Fraction = 0.99
     """Discount per environment step."""
     tau: Fraction = 0.005
@@ -85,7 +88,8 @@ class IDQL(Agent):
         super().__init__(spec, cfg)
         c, hidden = self.cfg, self.cfg.critic_hidden
         policy = self.make_policy()
-        self.pi = BestOfN(EMA(policy, c.ema_decay, 1, c.ema_start), self.adv, c.num_candidates, self.weights)
+        slow, weigh = EMA(policy, c.ema_decay, 1, c.ema_start), self.weights if c.implicit_policy else None
+        self.pi = BestOfN(slow, self.adv, c.num_candidates, weigh)
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, hidden, 2, c.critic_activation, layer_norm=c.layer_norm)
         self.v = ValueNet(spec.obs_dim, hidden, c.critic_activation)
         self.q_lagged = frozen_copy(self.q)
@@ -129,7 +133,7 @@ class IDQL(Agent):
             self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """One of `num_candidates` draws by the expectile's weights, or the best of fixed noise."""
+        """The best of `num_candidates` draws (with `implicit_policy` one by its weights), or of fixed noise."""
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
 
