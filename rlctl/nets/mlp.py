@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlctl.ops.dense import FusedActivation, dense
 from rlctl.ops.matmul import linear
 
-Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
+Activation = Literal["relu", "tanh", "elu", "silu", "gelu", "mish"]
 Norm = bool | Literal["after"]
 """LayerNorm in hidden layers: none, before the activation, or after it."""
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
+    "mish": nn.Mish,
 }
 
 
