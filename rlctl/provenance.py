@@ -14,7 +14,18 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "mujoco-warp", "warp-lang", "minari", "safetensors")
+PACKAGES = (
+    "rlctl",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "mujoco",
+    "mujoco-warp",
+    "warp-lang",
+    "dm_control",
+    "minari",
+    "safetensors",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Names: from "Hopper", "probe:constant" or "Pendulum-v1" to an environment."""
+"""Names: from "Hopper", "dmc:hopper-stand", "probe:constant" or "Pendulum-v1" to an environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import gymnasium
 import torch
 
 from rlctl_envs.contract import VecEnv
-from rlctl_envs.tasks import TASKS, build_task
+from rlctl_envs.tasks import DMC_TASKS, TASKS, Task, build_task
 
 if TYPE_CHECKING:
     from rlctl_envs.engines import Backend, Physics
@@ -22,6 +22,7 @@ ENTRY_POINT_GROUP = "rlctl.envs"
 """A package adds an environment by an entry point of this group: name -> factory(num_envs, **kwargs) -> VecEnv."""
 
 PROBE_PREFIX = "probe:"
+DMC_PREFIX = "dmc:"
 _VERSION = "-v5"
 
 
@@ -44,8 +45,9 @@ def make(
     """Make N copies of an environment by name.
 
     Args:
-        name: a MuJoCo task ("Hopper", "Hopper-v5"; case does not matter), "probe:NAME", a name added by an installed
-            package, or any other Gymnasium id with Box observations and actions ("Pendulum-v1").
+        name: a MuJoCo task ("Hopper", "Hopper-v5"; case does not matter), one of the DeepMind Control Suite
+            ("dmc:hopper-stand"; needs the extra `dmc`), "probe:NAME", a name added by an installed package, or any
+            other Gymnasium id with Box observations and actions ("Pendulum-v1").
         num_envs: number of copies, N.
         seed: of the environments' random stream.
         device: where the returned tensors live.
@@ -59,15 +61,16 @@ def make(
             `njmax`, `capture`; see `rlctl_envs.warp_vector`); for a Gymnasium id, its own keywords and `workers`.
 
     Raises:
-        UnknownTask: no such name. ValueError: a setting or value that is not known. EngineUnavailable: the engine asked
-        for lacks a package or a device here.
+        UnknownTask: no such name. ValueError: a setting or value that is not known, or an extra that is not installed.
+        EngineUnavailable: the engine asked for lacks a package or a device here.
     """
     common: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
-    task_name = _mujoco_name(name)
-    if task_name is not None:
-        return _simulated(task_name, num_envs, backend, threads, physics, task_kwargs, common)
+    simulated = _simulated(name)
+    if simulated is not None:
+        common |= {"env_id": simulated[0], "physics": physics, "episode_len": task_kwargs.pop("episode_len", None)}
+        return _make_simulated(simulated[1], num_envs, name, backend, threads, task_kwargs, common)
     if backend == "warp":
-        raise ValueError(f"{name} cannot be simulated on a GPU: only the MuJoCo tasks of `rlctl envs` can.")
+        raise ValueError(f"{name} cannot be simulated on a GPU: only Gymnasium's MuJoCo tasks can.")
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import make_probe
 
@@ -87,22 +90,21 @@ def make(
 WARP_OPTIONS = ("nconmax", "njmax", "capture")
 
 
-def _simulated(
-    task: str,
+def _make_simulated(
+    task: type[Task],
     num_envs: int,
+    name: str,
     backend: Backend,
     threads: int | None,
-    physics: Physics,
     options: dict[str, Any],
     common: dict[str, Any],
 ) -> VecEnv:
     """Make a MuJoCo task on the engine that `backend` names or "auto" finds the faster one."""
     from rlctl_envs.engines import choose
 
-    choice = choose(task, num_envs, common["device"], backend)
+    choice = choose(simulated_task(name) or name, num_envs, common["device"], backend)
     own = {key: options.pop(key) for key in WARP_OPTIONS if key in options}
-    common = common | {"physics": physics, "episode_len": options.pop("episode_len", None)}
-    built = build_task(TASKS[task], options)
+    built = build_task(task, options)
     if choice.backend == "warp":
         from rlctl_envs.warp_vector import WarpVecEnv
 
@@ -116,14 +118,18 @@ def _simulated(
 
 def simulated_task(name: str) -> str | None:
     """The MuJoCo task of that name ("Hopper" for "hopper-v5"), or None if it is another kind of environment."""
-    return _mujoco_name(name)
+    simulated = _simulated(name)
+    return None if simulated is None else simulated[0].removesuffix(_VERSION)
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a name that `make` accepts: "hopper" is "Hopper-v5"; UnknownTask if there is none."""
-    task_name = _mujoco_name(name)
-    if task_name is not None:
-        return task_name + _VERSION
+    """The one spelling of a name that `make` accepts: "hopper" is "Hopper-v5"; UnknownTask if there is none.
+
+    It says nothing about whether the extra is installed that the environment needs.
+    """
+    simulated = _simulated(name)
+    if simulated is not None:
+        return simulated[0]
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import PROBES
 
@@ -143,17 +149,19 @@ def task_table() -> list[dict[str, Any]]:
     """
     from rlctl_envs.probes import PROBES
 
+    named = [(name, name + _VERSION, task) for name, task in TASKS.items()]
+    named += [(DMC_PREFIX + name, DMC_PREFIX + name, task) for name, task in DMC_TASKS.items()]
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "id": name + _VERSION,
+            "id": env_id,
             "obs_dim": task.obs_dim,
             "act_dim": task.act_dim,
             "episode_len": task.episode_len,
             "engine": "mujoco",
             "summary": task.summary,
         }
-        for name, task in TASKS.items()
+        for name, env_id, task in named
     ]
     rows += [
         {
@@ -183,17 +191,27 @@ def task_table() -> list[dict[str, Any]]:
 
 
 def register_with_gymnasium() -> None:
-    """Register "rlctl/Hopper-v5" and the rest, for `gymnasium.make_vec("rlctl_envs:rlctl/Hopper-v5", num_envs=4)`."""
-    for name in TASKS:
-        env_id = f"rlctl/{name}{_VERSION}"
+    """Register "rlctl/Hopper-v5" and the rest, for `gymnasium.make_vec("rlctl_envs:rlctl/Hopper-v5", num_envs=4)`.
+
+    Gymnasium takes what stands before a colon for a module: "dmc:hopper-stand" is "rlctl/dmc-hopper-stand" there.
+    """
+    names = {f"rlctl/{name}{_VERSION}": name for name in TASKS}
+    names |= {f"rlctl/{DMC_PREFIX[:-1]}-{name}": DMC_PREFIX + name for name in DMC_TASKS}
+    for env_id, name in names.items():
         if env_id not in gymnasium.registry:
             gymnasium.register(id=env_id, vector_entry_point=functools.partial(make, name))
 
 
-def _mujoco_name(name: str) -> str | None:
-    """Resolve "hopper" or "Hopper-v5" to "Hopper", or None."""
-    wanted = name.lower().removesuffix(_VERSION)
-    return next((known for known in TASKS if known.lower() == wanted), None)
+def _simulated(name: str) -> tuple[str, type[Task]] | None:
+    """Resolve "hopper", "Hopper-v5" or "dmc:Hopper_Stand" to an id and its task, or None."""
+    wanted = name.lower()
+    if wanted.startswith(DMC_PREFIX):
+        plain = wanted.removeprefix(DMC_PREFIX).replace("_", "-")
+        return next(
+            ((DMC_PREFIX + known, task) for known, task in DMC_TASKS.items() if known.replace("_", "-") == plain), None
+        )
+    wanted = wanted.removesuffix(_VERSION)
+    return next(((known + _VERSION, task) for known, task in TASKS.items() if known.lower() == wanted), None)
 
 
 @functools.cache

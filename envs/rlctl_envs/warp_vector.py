@@ -67,6 +67,11 @@ class WarpVecEnv(VecEnv):
         njmax: int | None = None,
         capture: Capture = "auto",
     ) -> None:
+        if task.fresh or task.settle_steps or task.clear_start or task.goal_dim:
+            raise ValueError(
+                f"{type(task).__name__} cannot be simulated by the warp engine: refreshed fields, settling, starts free "
+                "of contact and goals are not there yet."
+            )
         model = load_model(task, physics)
         task.bind(model)
         name = env_id or f"{type(task).__name__}-v5"
