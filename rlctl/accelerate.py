@@ -8,7 +8,8 @@ them does with the agent's counters (`rlctl.host_numbers`). From then on an upda
 set the counters. Where the Python takes another turn (TD3's delayed policy step), that turn is recorded as well.
 Results equal those of the plain update: captured graphs run the same kernels on the same numbers.
 
-An agent that cannot be captured runs as before, and `Report.reasons` says why. Nothing falls back in silence.
+An agent that cannot be captured runs as before, and is told why: in `Report.reasons`, or through `say` at its first
+update, which is rehearsed on a copy. Nothing falls back in silence.
 
 A recorder stands for the device: `CudaGraph`, or `Tape`, its stand-in on a CPU, which replays recorded operations one
 by one into the memory they first used. It gains no time; it is how the machinery is proven without a GPU.
@@ -33,8 +34,8 @@ from rlctl.host_numbers import Counters, Expression, HostNumber, Recording, foll
 from rlctl.types import Agent, Batch
 
 Graphs: TypeAlias = Literal["auto", "require", "never", "tape"]
-"""auto: CUDA graphs where the agent is on a CUDA device. require: the same, and an error elsewhere. never: none. tape: the
-CPU stand-in for tests."""
+"""auto: CUDA graphs where the agent is on a CUDA device. require: the same, and an error elsewhere. never: none.
+tape: the CPU stand-in for tests."""
 Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
 WARM_UP = 2
@@ -193,8 +194,11 @@ class Captured:
         make: Callable[[], Recorder],
         on_refusal: Callable[[str], None],
         scope: Callable[[], contextlib.AbstractContextManager[Any]],
+        *,
+        rehearse: bool = False,
     ) -> None:
         self._agent, self._name, self._make, self._refuse = agent, name, make, on_refusal
+        self._rehearse = rehearse
         self._method = getattr(agent, name)
         self._scope = scope
         self._turns: dict[Any, list[_Turn]] = {}
@@ -211,6 +215,11 @@ class Captured:
         if self.refused or agent.rng is not self._rng:  # the generators of an evaluation are not the recorded ones
             with self._scope():
                 return self._method(*args, **kwargs)
+        if self._rehearse:
+            self._rehearse = False
+            if why := _obstacle(agent, self._name, args, kwargs):
+                self._give_up(why)
+                return self(*args, **kwargs)
         states = [opt.state for opt in agent.optimizers().values()]
         if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
             self._turns.clear()  # the first call, or a checkpoint was loaded: optimisers hold other tensors now
@@ -361,9 +370,9 @@ class Report:
     """What `accelerate` did. `say()` is one line of it."""
 
     captured: tuple[str, ...]
-    """Methods that run from recordings after their first few calls."""
+    """Methods that run from recordings after their first few calls, unless the first shows that they cannot."""
     reasons: tuple[str, ...]
-    """Why others do not."""
+    """Why there are none."""
     compiled: tuple[str, ...]
     """Losses that run through torch.compile."""
     precision: str
@@ -391,19 +400,26 @@ def accelerate(
 
     Args:
         agent: on its device, before training; checkpoints may be loaded later.
-        graphs: see `Graphs`.
+        graphs: see `Graphs`. Whether an update can be captured is found out at its first call.
         compile: run the agent's losses (methods called `loss` or ending in `_loss`) through torch.compile.
         precision: float32: matrix products in full. tf32: on CUDA with 10 bits of mantissa in their factors. bf16:
             losses and their gradients under autocast to bfloat16; parameters, optimisers, actions and normalisers stay
             float32. The first two set torch's switch for the whole process.
-        say: is told when a method gives up being captured later on.
+        say: is told when a method turns out not to be capturable.
 
-    Raises ValueError when graphs="require" cannot be had.
+    Raises ValueError when graphs="require" cannot be had: here where that is plain, at the first update otherwise.
     """
     device = agent.spec.device
     scope, policy = _precision(precision, device)
-    why = _obstacle(agent, graphs)
-    compiled = _compile_losses(agent) if compile else ()  # after the rehearsal, which copies the agent
+    if graphs == "never":
+        why = "switched off"
+    elif graphs != "tape" and device.type != "cuda":
+        why = "graphs need a CUDA device"
+    elif parallel.world_size() > 1:
+        why = "several processes share each update"
+    else:
+        why = ""
+    compiled = _compile_losses(agent) if compile else ()
     if why and graphs == "require":
         raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {why}.")
     if why:
@@ -421,79 +437,44 @@ def accelerate(
     def recorder() -> Recorder:
         return Tape() if graphs == "tape" else CudaGraph(device, list(agent.rng.values()), pool)
 
-    agent.act = Captured(agent, "act", recorder, say, contextlib.nullcontext)  # type: ignore[method-assign]
-    agent.update = Captured(agent, "update", recorder, say, scope)  # type: ignore[method-assign]
+    def refusal(reason: str) -> None:
+        if graphs == "require":
+            raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {reason}.")
+        say(f"not captured: {type(agent).__name__}'s {reason}")
+
+    agent.act = Captured(agent, "act", recorder, refusal, contextlib.nullcontext)  # type: ignore[method-assign]
+    agent.update = Captured(agent, "update", recorder, refusal, scope, rehearse=True)  # type: ignore[method-assign]
     kind = "tapes, which stand for CUDA graphs in tests" if graphs == "tape" else "CUDA graphs"
     return Report(("update", "act"), (), compiled, policy, kind)
 
 
-def _obstacle(agent: Agent, graphs: Graphs) -> str:
-    """What keeps an agent from being captured; empty if nothing does."""
-    if graphs == "never":
-        return "switched off"
-    if graphs != "tape" and agent.spec.device.type != "cuda":
-        return "graphs need a CUDA device"
-    if agent.host_reads:
-        return f"an update reads tensors on the host: {agent.host_reads}"
-    if parallel.world_size() > 1:
-        return "several processes share each update"
-    return _rehearse(agent)
+def _obstacle(agent: Agent, name: str, args: Any, kwargs: Any) -> str:
+    """What keeps a method from being captured, found on a copy of the agent; empty if nothing does.
 
-
-def _rehearse(agent: Agent) -> str:
-    """Update a copy of the agent on made-up data, watching for what no graph can hold; empty if all went well.
-
-    Whatever goes wrong goes wrong here, where no training state is half changed.
+    Whatever goes wrong goes wrong here, where no training state is half changed. Asked at the first call, when the
+    agent has seen its dataset and a true batch is there.
     """
-    own = {id(g): _same_generator(g) for g in agent.rng.values()}
+    if agent.host_reads:
+        return f"it reads tensors on the host: {agent.host_reads}"
+    memo: dict[int, Any] = {id(g): _same_generator(g) for g in agent.rng.values()}
     try:
-        twin = copy.deepcopy(agent, dict(own))
+        twin = copy.deepcopy(agent, memo)
     except Exception as e:
-        return f"it cannot be copied for a rehearsal ({type(e).__name__}: {e})"
-    batch = _made_up_batch(twin)
-    if batch is None:
-        return ""
+        return f"the agent cannot be copied for a rehearsal ({type(e).__name__}: {e})"
+    for replaced in [n for n in vars(twin) if callable(getattr(type(twin), n, None))]:
+        del vars(twin)[replaced]  # captured and compiled methods are those of the original
     before = _simple_attributes(twin)
     try:
         for _ in range(2):
             with Watch():  # type: ignore[no-untyped-call]
-                follow(twin, lambda: twin.update(batch))
+                follow(twin, lambda: getattr(twin, name)(*args, **kwargs))
     except CannotCapture as e:
         return str(e)
     except Exception as e:
-        return f"its update failed while it was followed ({type(e).__name__}: {e})"
-    if moved := [name for name, value in _simple_attributes(twin).items() if before.get(name) != value]:
+        return f"it failed while it was followed ({type(e).__name__}: {e})"
+    if moved := [n for n, value in _simple_attributes(twin).items() if before.get(n) != value]:
         return f"it counts in {', '.join(moved)}: only what is kept in `counters` can be replayed"
     return ""
-
-
-def _made_up_batch(agent: Agent) -> Batch | None:
-    """A batch of the agent's regime and sizes, random; None where its `extra` cannot be known."""
-    spec, cfg = agent.spec, agent.cfg
-    lead: tuple[int, ...]
-    if agent.regime == "on_policy":
-        lead = (cfg.horizon, spec.num_envs)
-    else:
-        lead = (cfg.batch_size,)
-    device = spec.device
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*lead, *shape, generator=g, device=device)
-
-    obs = normal(spec.obs_dim)
-    with torch.no_grad():
-        action, extra = agent.act(obs.reshape(-1, spec.obs_dim), explore=True)
-    flag = normal() > 1.5
-    return Batch(
-        obs,
-        action.reshape(*lead, -1),
-        normal(),
-        normal(spec.obs_dim),
-        flag,
-        normal() > 1.5,
-        {name: x.reshape(*lead, *x.shape[1:]) for name, x in extra.items()} if agent.regime != "offline" else {},
-    )
 
 
 def _same_generator(generator: torch.Generator) -> torch.Generator:

@@ -69,8 +69,8 @@ class WarpVecEnv(VecEnv):
     ) -> None:
         if task.fresh or task.settle_steps or task.clear_start or task.goal_dim:
             raise ValueError(
-                f"{type(task).__name__} cannot be simulated by the warp engine: refreshed fields, settling, starts free "
-                "of contact and goals are not there yet."
+                f"{type(task).__name__} cannot be simulated by the warp engine yet: it has no refreshed fields, no "
+                "settling, no goals and no starts free of contact."
             )
         model = load_model(task, physics)
         task.bind(model)
