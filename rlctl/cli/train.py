@@ -64,7 +64,8 @@ def train(
         ),
     ] = None,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the losses: slower start, then faster PPO updates.")
+        bool,
+        typer.Option("--compile", help="torch.compile the losses: slow start, then faster updates of PPO, not of SAC."),
     ] = False,
     config: Annotated[
         Path | None,
