@@ -88,6 +88,7 @@ class Ledger:
                 "data": c.settings.data,
                 "seed": c.seed,
                 "steps": c.steps,
+                "offline_updates": c.offline_updates,
                 "config_key": c.settings.key(),
             }
             for c in plan.cells

@@ -107,7 +107,8 @@ class File:
 
     name: str = ""
     description: str = ""
-    seeds: Count | list[int] = 5
+    seeds: int | list[int] = 5
+    """That many from 0 on, or these."""
     device: str = "auto"
     threads: Count = 1
     """Threads of each cell, on every executor: results are bit-reproducible for one number of them."""
@@ -134,8 +135,13 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        """Length of the run, in steps of its own kind."""
-        return int(self.settings.agent.steps)
+        """Length of the run: environment steps, or gradient steps offline, or first the one and then the other."""
+        return self.offline_updates + int(self.settings.agent.steps)
+
+    @property
+    def offline_updates(self) -> int:
+        """Gradient steps on data alone before a run goes online; 0 for every other kind of run."""
+        return getattr(self.settings.agent, "offline_updates", None) or 0
 
     @property
     def id(self) -> str:
@@ -211,8 +217,8 @@ def _plan(path: Path, file: File, seeds: list[int] | None) -> Plan:
     protocol = build(Protocol, file.evaluation, "the section evaluation")
     _check_kinds(file.budgets, "budgets")
     chosen = seeds if seeds is not None else list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise UsageError(f"seeds are one or more different integers, got {chosen}")
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise UsageError(f"seeds are a number of them, or different non-negative integers, got {seeds or file.seeds}")
     sources = [
         *(_source(item, "env", f"task {k + 1}") for k, item in enumerate(file.tasks)),
         *(_source(item, "data", f"dataset {k + 1}") for k, item in enumerate(file.datasets)),

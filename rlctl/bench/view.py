@@ -68,7 +68,7 @@ class View:
 
     def started(self, cell: Cell, s: State) -> None:
         """A cell has begun, or goes on."""
-        self._begun[cell.id] = share_done(self.folder / cell.id, cell.steps)
+        self._begun[cell.id] = self._share(cell)
         if self._live is None:
             at = f" (attempt {s.attempts}, from {self._begun[cell.id]:.0%})" if s.attempts > 1 else ""
             self.say(f"start     {cell.id}{at}")
@@ -94,14 +94,18 @@ class View:
         if self.quiet or (now - self._drawn < (PLAIN_PERIOD if self._live is None else REFRESH) and not last):
             return
         self._drawn = now
-        shares = {
-            id: share_done(self.folder / id, self.cells[id].steps) for id, s in found.items() if s.status == "running"
-        }
+        shares = {id: self._share(self.cells[id]) for id, s in found.items() if s.status == "running"}
         if self._live is not None:
             rows = [(c.column, c.source, c.seed, found[c.id]) for c in self.cells.values()]
-            self._live.update(Group(grid(rows), *self._running(found, shares), self._foot(found, shares)), refresh=True)
+            self._live.update(
+                Group(grid(rows), Text(LEGEND, "dim"), *self._running(found, shares), self._foot(found, shares)),
+                refresh=True,
+            )
         elif not last:
             self.say(self._foot(found, shares).plain)
+
+    def _share(self, cell: Cell) -> float:
+        return share_done(self.folder / cell.id, cell.steps, cell.offline_updates)
 
     def _running(self, found: Mapping[str, State], shares: Mapping[str, float]) -> list[Text]:
         out = []
@@ -144,7 +148,7 @@ class View:
 
 def grid(rows: list[tuple[str, str, int, State]]) -> Table:
     """Columns of the suite down, its sources across, one glyph per seed and the mean score of the finished ones."""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=LEGEND, caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     sources = list(dict.fromkeys(r[1] for r in rows))
     for source in sources:
@@ -164,8 +168,8 @@ def grid(rows: list[tuple[str, str, int, State]]) -> Table:
     return table
 
 
-def share_done(run: Path, steps: int) -> float:
-    """Progress of a run as its last metric row tells it, in [0, 1]."""
+def share_done(run: Path, steps: int, offline_updates: int = 0) -> float:
+    """Progress of a run as its last metric row tells it, in [0, 1]; see `Cell` for the numbers."""
     try:
         with (run / "metrics.jsonl").open("rb") as f:
             f.seek(0, 2)
@@ -176,7 +180,8 @@ def share_done(run: Path, steps: int) -> float:
     for line in reversed(lines[:-1]):  # what follows the last newline is not whole
         try:
             row = json.loads(line)
-            return min((row["env_steps"] or row["updates"]) / steps, 1.0)
+            made = row["env_steps"] + min(row["updates"], offline_updates) or row["updates"]
+            return min(made / steps, 1.0)
         except (ValueError, KeyError, TypeError):
             continue
     return 0.0

@@ -170,7 +170,7 @@ def show_status(folder: Path, json_: bool) -> None:
     from rich.console import Console
 
     from rlctl.bench.ledger import holder, is_held, states
-    from rlctl.bench.view import grid, share_done
+    from rlctl.bench.view import LEGEND, grid, share_done
     from rlctl.cli.output import print_json
     from rlctl.errors import UsageError
     from rlctl.experiment import read_json
@@ -185,7 +185,11 @@ def show_status(folder: Path, json_: bool) -> None:
         rows = [
             c
             | {"status": s.status, "attempts": s.attempts, "error": s.error, "log": s.log}
-            | {"share_done": 1.0 if s.status == "done" else share_done(folder / c["id"], c["steps"])}
+            | {
+                "share_done": 1.0
+                if s.status == "done"
+                else share_done(folder / c["id"], c["steps"], c["offline_updates"])
+            }
             | {"return_mean": s.score, "normalized_score": s.normalized}
             for c in cells
             if (s := found[c["id"]])
@@ -201,10 +205,11 @@ def show_status(folder: Path, json_: bool) -> None:
     if not console.is_terminal:
         console.width = 200
     console.print(grid([(c["column"], c["source"], c["seed"], found[c["id"]]) for c in cells]))
+    print(LEGEND)
     for c in cells:
         s = found[c["id"]]
         if s.status in ("running", "interrupted"):
-            print(f"{s.status:<11} {c['id']}  {share_done(folder / c['id'], c['steps']):.0%}")
+            print(f"{s.status:<11} {c['id']}  {share_done(folder / c['id'], c['steps'], c['offline_updates']):.0%}")
         elif s.status in ("failed", "diverged"):
             print(f"{s.status:<11} {c['id']}  {s.attempts} attempts: {s.error}; log {folder / s.log}")
     known = {c["id"] for c in cells}
