@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bench_helpers import InProcess, Lost, drive, history, plan, results
+
 from rlctl import experiment
 from rlctl.bench.cost import Speeds, estimate
 from rlctl.bench.driver import retry_failed
