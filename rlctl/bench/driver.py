@@ -68,7 +68,7 @@ class Driver:
                 time.sleep(POLL)
             self.view.show(self.states, last=True)
         statuses = [s.status for s in self.states.values()]
-        done, failed, diverged = (statuses.count(x) for x in ("done", "failed", "diverged"))  # type: ignore[arg-type]
+        done, failed, diverged = (statuses.count(x) for x in ("done", "failed", "diverged"))
         return Summary(done, failed, diverged, len(statuses) - done - failed - diverged, self._stop)
 
     def _to_do(self, s: State) -> bool:

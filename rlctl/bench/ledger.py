@@ -16,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -95,8 +95,10 @@ class Ledger:
         ]
         record = {"schema": SCHEMA, "suite": plan.name, "description": plan.description, **about, "cells": cells}
         write_atomically(self.folder / "bench.json", json.dumps(record, indent=1) + "\n")
-        if plan.file.resolve() != (self.folder / "suite.yaml").resolve():
-            shutil.copyfile(plan.file, self.folder / "suite.yaml")
+        text = plan.file.read_text()
+        if not re.search(r"^name:", text, re.MULTILINE):
+            text = f"name: {plan.name}\n{text}"  # the copy has another file's name
+        write_atomically(self.folder / "suite.yaml", text)
         self._file = _open_lines(self.folder / "ledger.jsonl")
 
     def note(self, event: Event, cell: str, **fields: Any) -> None:

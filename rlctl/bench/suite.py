@@ -233,6 +233,7 @@ def _plan(path: Path, file: File, seeds: list[int] | None) -> Plan:
     cells = [
         Cell(a.name, s.name, dataclasses.replace(settings, seed=seed)) for seed in chosen for a, s, settings in pairs
     ]
+    _unique("cell", [c.id for c in cells], "some")  # names that differ may be one as a folder
     return Plan(file.name or path.stem, file.description, path, cells, file.threads, _missing(sources))
 
 

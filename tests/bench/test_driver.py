@@ -10,6 +10,7 @@ import pytest
 from bench_helpers import InProcess, Lost, drive, history, plan, results
 
 from rlctl import experiment
+from rlctl.bench import suite
 from rlctl.bench.cost import Speeds, estimate
 from rlctl.bench.driver import retry_failed
 from rlctl.bench.ledger import Ledger, events, states
@@ -133,6 +134,16 @@ def test_one_suite_per_folder(tmp_path: Path) -> None:
     drive(plan(tmp_path), tmp_path / "out", InProcess())
     with pytest.raises(UsageError, match="holds the suite 'tiny', not 'other'"):
         drive(plan(tmp_path, name="other"), tmp_path / "out", InProcess())
+
+
+def test_the_copy_of_the_suite_is_the_suite(tmp_path: Path) -> None:
+    p, out = plan(tmp_path), tmp_path / "out"
+    drive(p, out, InProcess())
+    copy = suite.load(str(out / "suite.yaml"))
+    assert (copy.name, [c.id for c in copy.cells]) == (p.name, [c.id for c in p.cells])
+    again = InProcess()
+    assert drive(copy, out, again).done == 1
+    assert again.started == []
 
 
 def test_a_torn_ledger_loses_one_line(tmp_path: Path) -> None:

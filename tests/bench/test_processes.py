@@ -126,6 +126,8 @@ def test_stop_status_and_going_on(tmp_path: Path) -> None:
     run = out / p.cells[0].id
     driver = bench(file, "--out", out)
     until(lambda: saved(run))
+    (worker,) = workers(driver.pid)
+    worker.suspend()  # it must not come to its end while we look
     code, stdout, stderr = end_of(bench(file, "--out", out))
     assert code == 2
     assert f"process {driver.pid} on " in stderr
@@ -134,6 +136,8 @@ def test_stop_status_and_going_on(tmp_path: Path) -> None:
     assert seen["driver"].startswith(f"process {driver.pid}")
     assert (seen["cells"][0]["status"], 0 < seen["cells"][0]["share_done"] <= 1) == ("running", True)
     driver.send_signal(signal.SIGINT)
+    until(lambda: "stopping" in (driver.stderr.readline() if driver.stderr else ""))
+    worker.resume()
     code, stdout, stderr = end_of(driver)
     assert code == 75, stderr
     assert history(out) == ["start", "interrupted"]

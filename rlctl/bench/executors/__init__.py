@@ -81,7 +81,7 @@ def make(name: str, **options: Any) -> Executor:
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise UsageError(f"unknown executor '{name}': {hint}Known: {', '.join(known)}")
     factory = EXECUTORS[name] if name in EXECUTORS else plugins[name].load()
-    return factory(**options)  # type: ignore[no-any-return]
+    return factory(**options)
 
 
 def check_options(name: str, options: dict[str, Any], allowed: Callable[..., Any]) -> None:
