@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "minari", "safetensors")
+PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "dm_control", "minari", "safetensors")
 PEERS = ("stable-baselines3", "sb3-contrib")
 """Libraries of baselines: recorded where they are installed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from rlctl.bench.cost import Speeds, estimate
 from rlctl.bench.driver import retry_failed
 from rlctl.bench.ledger import Ledger, events, states
 from rlctl.bench.process import Job
+from rlctl.bench.view import share_done
 from rlctl.errors import Diverged, UsageError
 
 
@@ -169,6 +171,19 @@ def test_what_had_begun_is_interrupted_once_the_driver_is_gone(tmp_path: Path) -
     ledger.close()
     for live, status in ((True, "running"), (False, "interrupted")):
         assert states(tmp_path / "out", [p.cells[0].id], live=live)[p.cells[0].id].status == status
+
+
+def test_progress_of_every_kind_of_run(tmp_path: Path) -> None:
+    for rows, offline_updates, share in (
+        ([], 0, 0.0),
+        ([(25, 5)], 0, 0.25),  # online
+        ([(0, 30)], 0, 0.3),  # offline
+        ([(0, 30)], 60, 0.3),  # offline, later online
+        ([(0, 30), (20, 95)], 60, 0.8),
+    ):
+        lines = [json.dumps({"env_steps": e, "updates": u}) + "\n" for e, u in rows]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"env_st')  # a line under way
+        assert share_done(tmp_path, 100, offline_updates) == share
 
 
 def test_cost_is_measured_or_unknown(tmp_path: Path) -> None:
