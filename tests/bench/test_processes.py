@@ -187,6 +187,31 @@ def test_ray_and_the_loss_of_its_worker(tmp_path: Path) -> None:
         ray.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ray", "slurm"])
+def test_stopping_elsewhere(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray" if name == "ray" else "submitit")
+    p, out = plan(tmp_path, **LONG), tmp_path / "out"
+    run = out / p.cells[0].id
+    options = {"folder": out, "cluster": "local"} if name == "slurm" else {}
+    executor = executors.make(name, slots=1, threads=1, **options)
+    poll, sent = executor.poll, False
+
+    def and_stop() -> list[executors.Exit]:
+        nonlocal sent
+        if not sent and saved(run):
+            sent = True
+            os.kill(os.getpid(), signal.SIGTERM)  # to the driver, which is this process
+        return poll()
+
+    executor.poll = and_stop  # type: ignore[method-assign]
+    assert drive(p, out, executor).interrupted
+    assert history(out) == ["start", "interrupted"]
+    until(lambda: experiment.read_json(run / "run.json")["status"] == "preempted")
+    assert drive(p, out, InProcess()).done == 1
+    assert [results(run)] == whole(p, tmp_path / "whole")
+
+
 class Sabotage:
     """An executor that, once, kills the process called `name` above the cell, as soon as the cell has a checkpoint."""
 
