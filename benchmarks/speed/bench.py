@@ -95,7 +95,7 @@ def main() -> None:
     share = per_run / RUN_OF_INTEREST
     print(f"{per_run:.2f} s of processor time per run, {share:.2%} of a run of {RUN_OF_INTEREST:.0f} s")
     write(
-        "bench-overhead",
+        "speed-bench",
         {"runs": args.runs, "extra_cpu_s_per_run": per_run, "share_of_300_s": share, "rounds": rows},
         args.out,
     )
