@@ -364,13 +364,14 @@ def wrap(model: Any, normalizer: Any = None) -> Agent:
 
 
 def losses(model: Any, spec: Spec) -> Metrics:
-    """What SB3 logged about its latest round of updates, under our tags."""
+    """What SB3 has logged since the last call, under our tags."""
     skip = {"n_updates", "learning_rate", "clip_range", "explained_variance"}  # no news; NaN where returns are constant
     row: Metrics = {}
     for name, value in model.logger.name_to_value.items():
         section, _, what = name.partition("/")
         if section == "train" and what not in skip and value is not None:
             row[f"losses/{what.removesuffix('_loss')}"] = torch.tensor(float(value), device=spec.device)
+    model.logger.name_to_value.clear()  # TD3 does not log its actor at every update
     return row
 
 

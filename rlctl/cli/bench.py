@@ -116,6 +116,7 @@ def _run(
     from rlctl.config import parse_overrides
     from rlctl.errors import RlctlError, UsageError
     from rlctl.provenance import provenance
+    from rlctl_envs.engines import available_cores
 
     plan = suites.load(suite, seeds=None if seeds is None else _seeds(seeds))
     folder = out or Path("runs") / plan.name
@@ -123,7 +124,7 @@ def _run(
     left = [c for c in plan.cells if found[c.id].status not in ("done", "diverged")]
     estimate = cost.estimate(left, cost.Speeds([folder, Path("runs")]))
     if dry_run:
-        _show_plan(plan, folder, left, estimate, jobs or 1, json_)
+        _show_plan(plan, folder, left, estimate, jobs or max(available_cores() // plan.threads, 1), json_)
         if plan.missing:
             raise UsageError(f"{len(plan.missing)} datasets of the suite are not here, the first: {plan.missing[0]}")
         return

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from run_helpers import assert_same, interrupted, rows, settings, train_in_pieces
+from run_helpers import assert_same, final_state, interrupted, rows, settings, train_in_pieces
 
 import rlctl
 import rlctl_envs
@@ -108,6 +108,17 @@ def test_resumes_bit_for_bit(algo: str, tmp_path: Path) -> None:
     pieces = [2, 1] if on_policy else [11, 25, 80]
     assert train_in_pieces(s, tmp_path / "pieces", pieces) == len(pieces)
     assert_same(tmp_path / "whole", tmp_path / "pieces")
+
+
+def test_trains_on_with_a_longer_budget(tmp_path: Path) -> None:
+    # the replay buffer, no larger than the run, grows with it
+    short_run, long_run = (short("sb3:sac", steps, buffer_size=1000) for steps in (90, 150))
+    experiment.train(short_run, tmp_path / "grown", quiet=True)
+    experiment.resume(tmp_path / "grown", 150, quiet=True)
+    experiment.train(long_run, tmp_path / "whole", quiet=True)
+    grown, whole = (final_state(tmp_path / name) for name in ("grown", "whole"))
+    same = ("agent.safetensors", "optim.safetensors", "sb3.buffer/carried.safetensors")
+    assert [grown[k] for k in same] == [whole[k] for k in same]
 
 
 def test_a_run_is_a_run(tmp_path: Path) -> None:
