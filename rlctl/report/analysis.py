@@ -376,9 +376,9 @@ def _pairs(family: Family, grid: Grid, rng: np.random.Generator) -> list[Pair]:
         ]
         if not tasks:
             continue
-        x, y = ([family.cells[c, t].raw for t in tasks] for c in (a, b))
+        left, right = ([family.cells[c, t].raw for t in tasks] for c in (a, b))
         comparable = _protocols(grid, a, tasks) == _protocols(grid, b, tasks)
-        found.append((a, b, tasks, *compare(x, y, rng), comparable))
+        found.append((a, b, tasks, *compare(left, right, rng), comparable))
     adjusted = stats.holm([p for *_, p, _ in found])
     return [
         Pair(a, b, tasks, probability, p, ok)
@@ -461,11 +461,7 @@ def _statements(grid: Grid, families: Sequence[Family]) -> tuple[list[str], list
     for f in families:
         where = "" if len(families) == 1 else f"{f.name}: "
         won = [p if p.verdict == "better" else _turned(p) for p in f.pairs if p.verdict in ("better", "worse")]
-        won.sort(key=lambda p: -p.probability.value)
-        for p in won[:MOST_SENTENCES]:
-            claims.append(f"{where}{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}.")
-        if len(won) > MOST_SENTENCES:
-            claims.append(f"{where}{len(won) - MOST_SENTENCES} more pairs are separated: see the matrix.")
+        claims += [where + text for text in _wins(won)]
         even = [p for p in f.pairs if p.verdict == "not separated"]
         if even:
             listed = ", ".join(f"{p.a} and {p.b}" for p in even[:MOST_SENTENCES])
@@ -490,6 +486,28 @@ def _statements(grid: Grid, families: Sequence[Family]) -> tuple[list[str], list
             "seed may be all there is to them."
         )
     return claims, cautions
+
+
+def _wins(won: Sequence[Pair]) -> list[str]:
+    """A sentence per separated pair, or per winner where there are many."""
+    if len(won) <= MOST_SENTENCES:
+        ordered = sorted(won, key=lambda p: -p.probability.value)
+        return [f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}." for p in ordered]
+    by_winner: dict[str, list[Pair]] = defaultdict(list)
+    for p in won:
+        by_winner[p.a].append(p)
+    out = []
+    for a, pairs in sorted(by_winner.items(), key=lambda x: -len(x[1])):
+        on = {tuple(p.tasks) for p in pairs}
+        where = f"on {_names(pairs[0].tasks)}" if len(on) == 1 else "on the tasks they share"
+        low, largest = min(x.probability.low for x in pairs), max(x.p for x in pairs)
+        names = ", ".join(x.b for x in pairs)
+        every = "every lower bound" if len(pairs) > 1 else "lower bound"
+        out.append(
+            f"{a} scores higher than {names} {where} ({every} of the probability of improvement ≥ {low:.2f}, "
+            f"Holm-corrected p ≤ {p_value(largest)})."
+        )
+    return out
 
 
 def _turned(p: Pair) -> Pair:

@@ -121,18 +121,13 @@ def budget_panels(analysis: Analysis, family: Family) -> list[Panel]:
     algos = sorted({b.algo for found in family.budgets.values() for b in found})
     panels = []
     for task, found in family.budgets.items():
-        lines = [
-            Line(
-                b.algo,
-                algos.index(b.algo),
-                b.pulls,
-                b.value,
-                b.value - 1.96 * b.error,
-                b.value + 1.96 * b.error,
-                note=f"{b.algo}: {b.policies} policies of {b.configs} configs; after {len(b.pulls)} episodes {b.value[-1]:,.1f}",
-            )
-            for b in found
-        ]
+        lines = []
+        for b in found:
+            reached = f"{b.value[-1]:,.1f} after {len(b.pulls)} episodes"
+            note = f"{b.algo}: {b.policies} policies of {b.configs} configs, {reached}"
+            half = 1.96 * b.error
+            style = algos.index(b.algo)
+            lines.append(Line(b.algo, style, b.pulls, b.value, b.value - half, b.value + half, note=note))
         unit = "normalised score" if task in family.scales else "mean return"
         panels.append(Panel(task.name, "online episodes used to choose", f"{unit} of the chosen policy", lines))
     return panels

@@ -29,7 +29,9 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
             f"{a} and {b} share no task: A has {', '.join(t.name for t in sides[0].tasks)}, "
             f"B {', '.join(t.name for t in sides[1].tasks)}"
         )
-    rows, enough, unlike = [], [], []
+    rows: list[dict[str, Any]] = []
+    enough: list[Task] = []
+    unlike: list[Task] = []
     for t in tasks:
         x, y = (_scores(side, t) for side in sides)
         row: dict[str, Any] = {"task": t.name, "a": _describe(x), "b": _describe(y)}
@@ -49,10 +51,11 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
         row["p_holm"], row["verdict"] = p, _verdict(row["probability_b_beats_a"], p)
     overall = None
     if enough:
-        x, y = ([_scores(side, t) for t in enough] for side in sides)
-        probability, p = measure(y, x, rng)
-        overall = {"tasks": [t.name for t in enough], "probability_b_beats_a": probability._asdict(), "p": p}
-        overall["verdict"] = _verdict(overall["probability_b_beats_a"], p)
+        left, right = ([_scores(side, t) for t in enough] for side in sides)
+        probability, p = measure(right, left, rng)
+        found = probability._asdict()
+        names = [t.name for t in enough]
+        overall = {"tasks": names, "probability_b_beats_a": found, "p": p, "verdict": _verdict(found, p)}
     return {
         "a": _identity(a, sides[0]),
         "b": _identity(b, sides[1]),
@@ -69,8 +72,8 @@ def _side(path: Path) -> Grid:
     if len(found.columns) != 1:
         names = ", ".join(c.name for c in found.columns)
         raise UsageError(
-            f"{path} holds {len(found.columns)} columns ({names}): give a folder with the runs of one algorithm under one "
-            "set of settings per task, or see all of them with `rlctl report`"
+            f"{path} holds {len(found.columns)} columns ({names}): give a folder with the runs of one algorithm under "
+            "one set of settings per task, or see all of them with `rlctl report`"
         )
     return found
 
@@ -125,11 +128,7 @@ def _answer(overall: dict[str, Any] | None, rows: list[dict[str, Any]], unlike: 
     if overall is None:
         if unlike:
             return "No verdict: the two sides were measured under different protocols."
-        few = (
-            min(x["seeds"] for r in rows for x in (r["a"], r["b"]) if x is not None)
-            if any(r["a"] or r["b"] for r in rows)
-            else 0
-        )
+        few = min((x["seeds"] for r in rows for x in (r["a"], r["b"]) if x is not None), default=0)
         one = " One run is one draw of luck." if few == 1 else ""
         return f"No verdict: that takes {MIN_FOR_AGGREGATE} seeds of either side on a task.{one}"
     i = overall["probability_b_beats_a"]
@@ -141,11 +140,8 @@ def _answer(overall: dict[str, Any] | None, rows: list[dict[str, Any]], unlike: 
     where = ""
     if n > 1 and (yes or no):
         parts = ([f"better on {', '.join(yes)}"] if yes else []) + ([f"worse on {', '.join(no)}"] if no else [])
-        where = (
-            f" Task by task: {'; '.join(parts)}; elsewhere not separated."
-            if len(yes + no) < n
-            else f" Task by task: {'; '.join(parts)}."
-        )
+        rest = ["elsewhere not separated"] if len(yes + no) < n else []
+        where = f" Task by task: {'; '.join(parts + rest)}."
     head = {"yes": "B is better", "no, worse": "B is worse", "not separated": "A and B are not separated"}
     return f"{head[overall['verdict']]} {on} ({evidence}).{where}"
 

@@ -208,8 +208,8 @@ def _warnings(
         out += across(task, {c.name: cells[c.name, task] for c in columns if cells.get((c.name, task))})
     if imported := [c.name for c in columns if c.origin != "rlctl"]:
         out.append(
-            f"Imported, under protocols of their own: {', '.join(imported)}. Shown beside the others; no claim compares "
-            "them."
+            f"Imported, under protocols of their own: {', '.join(imported)}. They are shown beside the others; no claim "
+            "compares them."
         )
     return out
 
@@ -225,7 +225,7 @@ def _seed_warnings(cells: Mapping[tuple[str, Task], Sequence[RunRecord]]) -> lis
         )
     elif few and min(few) < SEEDS_FOR_CLOSE_CALLS:
         out.append(
-            f"Cells have as few as {min(few)} seeds; {SEEDS_FOR_CLOSE_CALLS} or more are advised for close calls."
+            f"Some cells have only {min(few)} seeds; {SEEDS_FOR_CLOSE_CALLS} or more are advised for close calls."
         )
     return out
 
@@ -241,11 +241,12 @@ def _mixtures(column: Column, mine: Mapping[Task, Sequence[RunRecord]]) -> list[
         if _spread(cell):
             made = sorted({r.steps for r in cell})
             out.append(f"{column.name} on {task.name} mixes budgets from {made[0]:,} to {made[-1]:,} {task.unit}.")
-        if len(protocols := sorted({r.protocol for r in cell})) > 1:
+        finished = [r for r in cell if r.status == "done"]  # a diverged one is warned of already
+        if len(protocols := sorted({r.protocol for r in finished})) > 1:
             out.append(f"{column.name} on {task.name} mixes protocols: {'; '.join(protocols)}.")
         if len(physics := sorted({r.physics for r in cell})) > 1:
             out.append(f"{column.name} on {task.name} mixes physics: {', '.join(physics)}.")
-        if len(episodes := sorted({len(r.episodes) for r in cell})) > 1 and column.origin == "rlctl":
+        if len(episodes := sorted({len(r.episodes) for r in finished})) > 1 and column.origin == "rlctl":
             out.append(f"{column.name} on {task.name} mixes {episodes[0]} to {episodes[-1]} episodes per score.")
     commits = sorted({r.commit for r in runs if r.commit != "unknown"})
     if len(commits) > 1:

@@ -231,7 +231,7 @@ def _identity(folder: Path, root: Path, origin: str, settings: dict[str, Any]) -
         above = [p for p in folder.relative_to(root.parent).parts if p not in ("logs", "runs", "summaries", "tb")]
     except ValueError:
         above = list(folder.parts)
-    algo, env = ([origin, "unknown"] + above)[-3:-1] if len(above) > 2 else (origin, above[0] if above else "unknown")
+    algo, env = [origin, "unknown", *above][-3:-1] if len(above) > 2 else (origin, above[0] if above else "unknown")
     pattern = r"_(\d+)$" if origin == "SB3" else r"(?:^|[_-])s(?:eed)?[_-]?(\d+)$"  # SB3 numbers runs: PPO_1, PPO_2
     number_at_end = re.search(pattern, folder.name)
     return algo, env, _int(settings.get("seed", number_at_end[1] if number_at_end else None))

@@ -62,7 +62,8 @@ def _count(n: int, what: str) -> str:
 def _made(analysis: Analysis) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return (
-        f"Made by rlctl {version('rlctl')} on {today}; bootstrap seed {analysis.seed}, {analysis.replicates:,} replicates. "
+        f"Made by rlctl {version('rlctl')} on {today}; bootstrap seed {analysis.seed}, {analysis.replicates:,} "
+        "replicates. "
         "The seed of a run is the unit of all statistics; episodes of one seed are never pooled as if they were runs."
     )
 
@@ -138,9 +139,10 @@ def _contents(families: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         ("results", "scores", "Scores"),
         ("aggregates", "aggregates", "Aggregates"),
         ("curves", "curves", "Curves"),
+        ("profiles", "profiles", "Profiles"),
+        ("improvement", "improvement", "Improvement"),
+        ("budgets", "budgets", "Budgets"),
     )
-    parts += (("profiles", "profiles", "Profiles"), ("improvement", "improvement", "Improvement"))
-    parts += (("budgets", "budgets", "Budgets"),)
     for i, f in enumerate(families, 1):
         for key, id, name in parts:
             if f[key]:

@@ -89,9 +89,9 @@ def load(paths: Iterable[str | Path]) -> list[RunRecord]:
     """Every run under `paths`: our run directories and whatever `importers` knows. UsageError if there is none."""
     from rlctl.report import importers
 
-    paths = [Path(p) for p in paths]
+    places = [Path(p) for p in paths]
     found: list[RunRecord] = []
-    for path in paths:
+    for path in places:
         if not path.exists():
             raise UsageError(f"{path} does not exist: give run directories, folders of them, or CSV files")
         if path.is_file():
@@ -100,7 +100,7 @@ def load(paths: Iterable[str | Path]) -> list[RunRecord]:
         for folder, files in _folders(path):
             found += [read_run(folder)] if is_run(folder, files) else importers.from_folder(folder, files, path)
     if not found:
-        names = ", ".join(map(str, paths))
+        names = ", ".join(map(str, places))
         raise UsageError(f"no run in {names}: a run directory holds run.json; also read are {importers.KINDS}")
     unique = {r.where: r for r in found if not r.where.endswith(".csv")}
     return [*unique.values(), *(r for r in found if r.where.endswith(".csv"))]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlctl.data.reference import reference_name, reference_scores
 from rlctl.errors import UsageError
@@ -55,7 +55,7 @@ def scale_of(task: Task, given: Given | None = None) -> Scale | None:
         known = online_reference().get(task.name)
         if known is None or known["reference"] is None:
             return None
-        return Scale(float(known["random"]), float(known["reference"]), f"random policy; {known['reference_source']}")
+        return Scale(known["random"], known["reference"], f"random policy; {known['reference_source']}")
     name = reference_name(task.name) or reference_name(task.env or "")
     if name is None:
         return None
@@ -64,7 +64,7 @@ def scale_of(task: Task, given: Given | None = None) -> Scale | None:
 
 
 @cache
-def online_reference() -> dict[str, dict[str, float | str | None]]:
+def online_reference() -> dict[str, dict[str, Any]]:
     """By environment id: `random`, its `standard_error`, `reference` (None: none is known), `reference_source`."""
     tasks = json.loads(files("rlctl.report").joinpath("online_reference.json").read_text())["tasks"]
     return dict(tasks)

@@ -1,6 +1,7 @@
 """Charts as SVG text: small, styled by classes so that light and dark both work, with a title on everything drawn.
 
-`panel` and `dots` give an `<svg>` for a page whose style sheet contains `style_sheet()`; `sheet` gives a file of its own.
+`panel` and `dots` give an `<svg>` for a page whose style sheet contains `style_sheet()`; `sheet` gives a file of its
+own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from rlctl.report.stats import Floats
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 26, 42
 ROW = 32
+MANY = 4
+"""Bands from which on they are drawn fainter."""
 MAX_MEMBERS = 6
 """Single runs drawn behind a mean; with more of them lines only hide each other."""
 
@@ -33,7 +36,8 @@ def style_sheet() -> str:
         ".chart .grid{stroke:currentColor;stroke-opacity:.13}"
         ".chart .mean{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}"
         ".chart .member{fill:none;stroke-width:.8;stroke-opacity:.45}"
-        ".chart .band{stroke:none;fill-opacity:.17}.chart .whisker{stroke-width:2.4;stroke-linecap:round}"
+        ".chart .band{stroke:none;fill-opacity:.17}.chart.many .band{fill-opacity:.07}"
+        ".chart .series:hover .band{fill-opacity:.3}.chart .whisker{stroke-width:2.4;stroke-linecap:round}"
         ".chart:hover .series:not(:hover){opacity:.4}.series:hover .mean{stroke-width:3}"
         + light
         + dashes
@@ -45,7 +49,8 @@ def style_sheet() -> str:
 
 
 def _colours(i: int, colour: str) -> str:
-    return f".k{i} .mean,.k{i} .member,.k{i} .whisker,.swatch.k{i} line{{stroke:{colour}}}.k{i} .band,.k{i} .dot{{fill:{colour}}}"
+    strokes = ",".join(f".k{i} .{part}" for part in ("mean", "member", "whisker"))
+    return f"{strokes},.swatch.k{i} line{{stroke:{colour}}}.k{i} .band,.k{i} .dot{{fill:{colour}}}"
 
 
 def classes(style: int) -> str:
@@ -72,16 +77,17 @@ def panel(p: Panel) -> str:
     def py(y: Floats) -> Floats:
         return TOP + (y_high - np.clip(y, y_low, y_high)) / (y_high - y_low) * inner_h
 
-    parts = [_open(WIDTH, HEIGHT, f"{p.title}: {p.y_label} against {p.x_label}. " + "; ".join(x.note for x in p.lines))]
+    kind = "chart many" if len(p.lines) > MANY else "chart"
+    parts = [
+        _open(WIDTH, HEIGHT, kind, f"{p.title}: {p.y_label} against {p.x_label}. " + "; ".join(x.note for x in p.lines))
+    ]
     parts.append(f'<text class="title" x="{LEFT}" y="16">{escape(_clip(p.title, 52))}</text>')
     y_ticks, x_ticks = ticks(y_low, y_high), ticks(x_low, x_high, 5)
     y_text, x_text = number_labels(y_ticks, p.percent), number_labels(x_ticks)
-    for y, text in zip(y_ticks, y_text, strict=True):
-        at = _n(float(py(np.float64(y))))
+    for at, text in zip(map(_n, py(np.array(y_ticks)).tolist()), y_text, strict=True):
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at}" dy=".33em" text-anchor="end">{text}</text>')
-    for x, text in zip(x_ticks, x_text, strict=True):
-        at = _n(float(px(np.float64(x))))
+    for at, text in zip(map(_n, px(np.array(x_ticks)).tolist()), x_text, strict=True):
         parts.append(f'<path class="axis" d="M{at} {HEIGHT - BOTTOM}v4"/>')
         parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
@@ -144,7 +150,7 @@ def dots(d: Dots) -> str:
         return _n(left + (x - low) / (high - low) * (width - left - 14))
 
     said = "; ".join(f"{name} {i.value:.1f} [{i.low:.1f}, {i.high:.1f}]" for name, _, i in d.rows)
-    parts = [_open(width, height, f"{d.title}: {said}")]
+    parts = [_open(width, height, "chart", f"{d.title}: {said}")]
     parts.append(f'<text class="title" x="{left}" y="16">{escape(d.title)}</text>')
     at = ticks(low, high, 4)
     for x, text in zip(at, number_labels(at), strict=True):
@@ -156,7 +162,8 @@ def dots(d: Dots) -> str:
         parts.append(
             f'<g class="series {classes(style)}"><title>{escape(text)}</title>'
             f'<text x="{left}" y="{_n(y - 9)}">{escape(_clip(name, 38))}</text>'
-            f'<path class="whisker" d="M{px(i.low)} {y}H{px(i.high)}"/><circle class="dot" cx="{px(i.value)}" cy="{y}" r="4.5"/></g>'
+            f'<path class="whisker" d="M{px(i.low)} {_n(y)}H{px(i.high)}"/>'
+            f'<circle class="dot" cx="{px(i.value)}" cy="{_n(y)}" r="4.5"/></g>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -222,9 +229,9 @@ def number_labels(values: Sequence[float], percent: bool = False) -> list[str]:
     return [f"{v:g}".replace("-", "−") for v in values]
 
 
-def _open(width: int, height: int, label: str) -> str:
+def _open(width: int, height: int, kind: str, label: str) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
         'preserveAspectRatio="xMinYMin meet">'
     )
 

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
     text: str
     small: str = ""
+    """Below it, in one or several lines."""
     strong: bool = False
     shade: float | None = None
     """-1 to 1, for a background: bad to good."""
@@ -39,11 +40,11 @@ class Table:
     rows: list[list[Entry]]
     caption: str = ""
 
-    def turned(self) -> Table:
-        """Rows as columns."""
+    def turned(self, corner: str) -> Table:
+        """Rows as columns, under a first column named `corner`."""
         whole = [self.header, *self.rows]
         flipped = [list(x) for x in zip(*whole, strict=True)]
-        return Table(flipped[0], flipped[1:], self.caption)
+        return Table([Entry(corner), *flipped[0][1:]], flipped[1:], self.caption)
 
 
 def number(x: float) -> str:
@@ -84,7 +85,7 @@ def results(analysis: Analysis, family: Family) -> Table:
     if any(c.diverged for c in cells):
         caption += " †: diverged runs among the seeds, counted with the last evaluation they reached."
     table = Table(header, rows, caption)
-    return table.turned() if len(family.columns) > WIDE and len(family.columns) > len(family.tasks) else table
+    return table.turned("column") if len(family.columns) > WIDE and len(family.columns) > len(family.tasks) else table
 
 
 def _result(family: Family, cell: Cell | None) -> Entry:
@@ -96,7 +97,7 @@ def _result(family: Family, cell: Cell | None) -> Entry:
     seeds = f"{n} seed{'s' * (n != 1)}" + (f", {cell.diverged} diverged †" if cell.diverged else "")
     first, second = (raw, scaled) if family.name == "online" or scaled is None else (scaled, raw)
     kind = "score" if first is raw else "return"
-    small = f"{kind} {second}; {seeds}" if second is not None else seeds
+    small = f"{kind} {second}\n{seeds}" if second is not None else seeds
     each = ", ".join(f"{number(float(x))}" for x in cell.raw)
     return Entry(first, small, cell.among_best, title=f"{cell.column} on {cell.task.name}, by seed: {each}")
 
@@ -118,10 +119,11 @@ def aggregates(analysis: Analysis, family: Family) -> Table | None:
     n = len(family.aggregate_tasks)
     names = ", ".join(t.name for t in family.aggregate_tasks)
     caption = (
-        f"Normalised scores (0: random policy, 100: reference) over {n} task{'s' * (n != 1)} that all these columns have with "
-        f"at least {MIN_FOR_AGGREGATE} seeds: {names}. 95% intervals from a bootstrap stratified by task ({analysis.replicates:,} "
-        "replicates), widened by √(n/(n−1)) for few seeds. The IQM leaves out the lowest and the highest quarter of all "
-        "runs, with few tasks perhaps a whole task: read it beside the table by task. Optimality gap: smaller is better."
+        f"Normalised scores (0: random policy, 100: reference) over {n} task{'s' * (n != 1)} that all these columns "
+        f"have with at least {MIN_FOR_AGGREGATE} seeds: {names}. 95% intervals from a bootstrap stratified by task "
+        f"({analysis.replicates:,} replicates), widened by √(n/(n−1)) for few seeds. The IQM leaves out the lowest and "
+        "the highest quarter of all runs, with few tasks perhaps a whole task: read it beside the table by task. "
+        "Optimality gap: smaller is better."
     )
     return Table(header, rows, caption)
 
@@ -141,9 +143,9 @@ def improvement(analysis: Analysis, family: Family) -> Table | None:
             row.append(Entry("") if pair is None else _pair(pair, turned))
         rows.append(row)
     caption = (
-        "Probability that a run of the row scores higher than a run of the column on the same task, averaged over the tasks "
-        "both have, with its 95% interval. Bold: the interval excludes one half and the Holm-corrected permutation test "
-        "gives p < 0.05; only then is one called better."
+        "Probability that a run of the row scores higher than a run of the column on the same task, averaged over the "
+        "tasks both have, with its 95% interval. Bold: the interval excludes one half and the Holm-corrected "
+        "permutation test gives p < 0.05; only then is one called better."
     )
     return Table([Entry("row beats column"), *(Entry(n) for n in names)], rows, caption)
 
@@ -155,7 +157,7 @@ def _pair(p: Pair, turned: bool) -> Entry:
     strong = p.verdict in ("better", "worse")
     note = "protocols differ" if not p.comparable else f"p = {p_value(p.p)}"
     title = f"{len(p.tasks)} tasks: {', '.join(t.name for t in p.tasks)}; {note}"
-    return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}] {note}", strong, 2 * i.value - 1, title)
+    return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}]\n{note}", strong, 2 * i.value - 1, title)
 
 
 def compute(analysis: Analysis) -> Table:
@@ -195,8 +197,8 @@ def compute(analysis: Analysis) -> Table:
         caption += " Speeds of different machines are not comparable."
     if rows:
         caption += (
-            " Wall-clock counts whatever else ran on the machine. Best in training: mean return of the best evaluation, with the "
-            "online episodes it took to pick it; scores elsewhere are those of the last agent, which need none."
+            " Wall-clock counts whatever else ran there. Best in training: mean return of the best evaluation, "
+            "with the online episodes it took to pick it; all other scores are the last agent's, which need none."
         )
     return Table([Entry(n) for n in names], rows, caption)
 
@@ -208,11 +210,9 @@ def troubles(analysis: Analysis) -> Table:
     for column, r in analysis.grid.troubles:
         seed = "" if r.seed is None else str(r.seed)
         made = f"{r.steps:,}" + (f" of {r.planned:,}" if r.planned else "") if r.steps else ""
-        state = "counted as well" if r.status == "done" else r.status
-        if r.status == "done" and "not counted" in r.note:
-            state = "duplicate"
-        elif r.status == "done":
-            state = "no score"
+        state: str = r.status
+        if r.status == "done":
+            state = "no score" if r.score is None else "duplicate"
         rows.append(
             [
                 Entry(state),

@@ -15,8 +15,19 @@ from rlctl.report.scale import Scale
 from rlctl.report.stats import Interval
 from rlctl.report.tables import Entry, Table
 
-RUN_FIELDS = ("family", "task", "column", "algo", "seed", "status", "return", "normalized_score", "episodes", "steps")
-RUN_FIELDS += ("unit", "wall_clock_s", "config", "commit", "physics", "origin", "protocol", "run", "note")
+RUN_FIELDS = (
+    "family",
+    "task",
+    "column",
+    "algo",
+    "seed",
+    "status",
+    "return",
+    "normalized_score",
+    "episodes",
+    "steps",
+    *("unit", "wall_clock_s", "config", "commit", "physics", "origin", "protocol", "run", "note"),
+)
 
 
 def markdown(analysis: Analysis, title: str) -> str:
@@ -63,7 +74,8 @@ def _table(t: Table) -> list[str]:
 
 def _cell(e: Entry) -> str:
     text = f"**{e.text}**" if e.strong else e.text
-    return " ".join(x for x in (text, f"({e.small})" if e.small else "") if x).replace("|", "\\|")
+    small = e.small.replace("\n", "; ")
+    return " ".join(x for x in (text, f"({small})" if small else "") if x).replace("|", "\\|")
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -76,8 +88,8 @@ def run_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def _run_row(column: str, r: RunRecord, scale: Scale | None) -> dict[str, Any]:
     score = r.score
     normalized = None if score is None or scale is None else 100.0 * (score - scale.low) / (scale.high - scale.low)
-    values = (r.task.family, r.task.name, column, r.algo, r.seed, r.status, score, normalized, len(r.episodes), r.steps)
-    values += (
+    values = (
+        *(r.task.family, r.task.name, column, r.algo, r.seed, r.status, score, normalized, len(r.episodes), r.steps),
         r.task.unit,
         sum(r.seconds.values()),
         r.config,
