@@ -48,4 +48,4 @@ def plot(
         else:
             raster.write_png(out, panels, legend)
     if not quiet:
-        print(f"curves:    {out} ({len(panels)} panels, {len(legend)} columns)")
+        print(f"curves:    {out} (tasks: {len(panels)}, columns: {len(legend)})")

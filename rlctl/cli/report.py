@@ -101,7 +101,8 @@ def report(
     if not quiet:
         counted = sum(len(x) for x in sorted_in.cells.values())
         print(f"report:    {out} ({out.stat().st_size / 1024:,.0f} KiB)")
-        print(f"runs:      {len(found)} found, {counted} counted, {len(sorted_in.troubles)} need attention")
+        there = sum(r.status != "missing" for r in found)
+        print(f"runs:      {there} found, {counted} counted, {len(sorted_in.troubles)} need attention")
         for line in result.claims + result.cautions:
             print(f"says:      {line}")
         for line in sorted_in.warnings:

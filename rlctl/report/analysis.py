@@ -138,6 +138,8 @@ class Family:
     aggregate_seeds: dict[str, int] = field(default_factory=dict)
     not_aggregated: dict[str, str] = field(default_factory=dict)
     """Column: why."""
+    tasks_left_out: dict[str, str] = field(default_factory=dict)
+    """Name of a task: why the aggregates of the others do without it."""
     profiles: dict[str, tuple[Floats, Floats, Floats, Floats]] = field(default_factory=dict)
     """By column: thresholds, value, low, high."""
     efficiency: list[Band] = field(default_factory=list)
@@ -300,6 +302,9 @@ def _aggregate(family: Family, grid: Grid, rng: np.random.Generator, replicates:
             family.not_aggregated[c] = _why_not(family, c)
     if not shared:
         return
+    for t in family.tasks:
+        if t not in shared:
+            family.tasks_left_out[t.name] = _why_without(family, t, wide)
     scores = {c: _matrix(family, c) for c in wide}
     every = np.concatenate([s.ravel() for s in scores.values()])
     thresholds = np.linspace(min(0.0, float(np.floor(every.min()))), max(100.0, float(np.ceil(every.max()))), 81)
@@ -321,6 +326,13 @@ def _why_not(family: Family, column: str) -> str:
         return f"fewer than {MIN_FOR_AGGREGATE} seeds: {', '.join(few)}"
     absent = [t.name for t in family.tasks if (column, t) not in family.cells]
     return f"no runs on {', '.join(absent)}" if absent else "shares no task with the others"
+
+
+def _why_without(family: Family, task: Task, columns: Sequence[str]) -> str:
+    if task not in family.scales:
+        return "has no scale on which its scores could be averaged with others (give one with --scale)"
+    count = {c: len(family.cells[c, task].raw) if (c, task) in family.cells else 0 for c in columns}
+    return "not enough seeds of " + ", ".join(f"{c} ({n})" for c, n in count.items() if n < MIN_FOR_AGGREGATE)
 
 
 def _matrix(family: Family, column: str) -> Floats:

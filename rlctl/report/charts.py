@@ -128,7 +128,7 @@ def budget_panels(analysis: Analysis, family: Family) -> list[Panel]:
             half = 1.96 * b.error
             style = algos.index(b.algo)
             lines.append(Line(b.algo, style, b.pulls, b.value, b.value - half, b.value + half, note=note))
-        unit = "normalised score" if task in family.scales else "mean return"
+        unit = "score" if task in family.scales else "return"
         panels.append(Panel(task.name, "online episodes used to choose", f"{unit} of the chosen policy", lines))
     return panels
 

@@ -19,6 +19,8 @@ SAME_BUDGET = 0.05
 SHAPING_PACKAGES = ("mujoco", "gymnasium", "torch", "numpy")
 """Packages whose version may shape a score."""
 SHORT_LABEL = 3
+UNSET = "unset"
+"""Stands for a setting that a run does not have."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Grid:
     """(column name, run) of everything that failed, diverged, is unfinished, missing, unreadable or a duplicate."""
     warnings: list[str]
     records: list[tuple[str, RunRecord]]
-    """(column name, run) of every run found."""
+    """(column name, run) of every run found, and of those a suite planned and nobody started."""
 
     def families(self) -> list[str]:
         """Families of tasks in a fixed order."""
@@ -102,16 +104,16 @@ def _columns(records: Iterable[RunRecord], by: str) -> tuple[list[Column], dict[
     """Columns in order of their names, and the column of each run by `id`."""
     groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     for r in records:
-        groups[r.origin, r.algo].append(r)
+        groups[r.origin, r.label or r.algo].append(r)
     columns: dict[str, Column] = {}
     of: dict[int, str] = {}
-    for (origin, algo), runs in groups.items():
-        base = algo if origin == "rlctl" else f"{algo} ({origin})"
+    for (origin, label), runs in groups.items():
+        base = label if origin == "rlctl" else f"{label} ({origin})"
         keys = _varying(runs) if by == "config" and origin == "rlctl" else []
         for r in runs:
-            differs = {k: r.settings.get(k, "unset") for k in keys}
+            differs = {k: r.settings.get(k, UNSET) for k in keys}
             name = base + _label(differs)
-            columns[name] = Column(name, algo, origin, differs)
+            columns[name] = Column(name, r.algo, origin, differs)
             of[id(r)] = name
     return sorted(columns.values(), key=lambda c: (c.origin != "rlctl", c.name)), of
 
@@ -125,12 +127,13 @@ def _varying(runs: Sequence[RunRecord]) -> list[str]:
     varying: set[str] = set()
     for same_task in by_task.values():
         for key in {k for r in same_task for k in r.settings} - {"env_options.physics"}:
-            if len({repr(r.settings.get(key, "unset")) for r in same_task}) > 1:
+            if len({repr(r.settings.get(key, UNSET)) for r in same_task}) > 1:
                 varying.add(key)
     return sorted(varying)
 
 
 def _label(differs: Mapping[str, Any]) -> str:
+    differs = {k: v for k, v in differs.items() if v != UNSET}
     if not differs:
         return ""
     if len(differs) > SHORT_LABEL:
@@ -208,8 +211,8 @@ def _warnings(
         out += across(task, {c.name: cells[c.name, task] for c in columns if cells.get((c.name, task))})
     if imported := [c.name for c in columns if c.origin != "rlctl"]:
         out.append(
-            f"Imported, under protocols of their own: {', '.join(imported)}. They are shown beside the others; no claim "
-            "compares them."
+            f"Imported, under protocols of their own: {', '.join(imported)}. Shown beside the others, compared in "
+            "no claim."
         )
     return out
 
@@ -218,10 +221,10 @@ def _seed_warnings(cells: Mapping[tuple[str, Task], Sequence[RunRecord]]) -> lis
     out = []
     few = [len(runs) for runs in cells.values()]
     if n := sum(k < MIN_FOR_INTERVAL for k in few):
-        out.append(f"{n} of {len(few)} cells have fewer than {MIN_FOR_INTERVAL} seeds: no interval is shown for them.")
+        out.append(f"Fewer than {MIN_FOR_INTERVAL} seeds in {n} of {len(few)} cells: no interval is shown there.")
     if n := sum(k < MIN_FOR_AGGREGATE for k in few):
         out.append(
-            f"{n} of {len(few)} cells have fewer than {MIN_FOR_AGGREGATE} seeds: they enter no aggregate and no claim."
+            f"Fewer than {MIN_FOR_AGGREGATE} seeds in {n} of {len(few)} cells: no aggregate and no comparison there."
         )
     elif few and min(few) < SEEDS_FOR_CLOSE_CALLS:
         out.append(

@@ -29,6 +29,7 @@ def render(analysis: Analysis, title: str) -> str:
         claims=analysis.claims,
         cautions=analysis.cautions,
         warnings=analysis.grid.warnings,
+        imported=any(c.origin != "rlctl" for c in analysis.grid.columns),
         contents=_contents(families),
         families=families,
         compute=tables.compute(analysis),
@@ -44,7 +45,7 @@ def render(analysis: Analysis, title: str) -> str:
 
 
 def _facts(analysis: Analysis) -> str:
-    records = [r for _, r in analysis.grid.records]
+    records = [r for _, r in analysis.grid.records if r.status != "missing"]
     counted = sum(r.status in COUNTED for r in records)
     parts = [
         _count(len(records), "run"),
@@ -83,6 +84,7 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         "results": tables.results(analysis, f),
         "aggregates": tables.aggregates(analysis, f),
         "not_aggregated": f.not_aggregated,
+        "tasks_left_out": f.tasks_left_out,
         "dots": _drawn([svg.dots(d) for d in charts.aggregate_dots(analysis, f)]),
         "curves": _drawn([svg.panel(p) for p in charts.curve_panels(analysis, f)]),
         "legend": [(c, style[c]) for c in f.columns],

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,9 @@ from rlctl.report.stats import Floats
 Status = Literal["done", "diverged", "failed", "unfinished", "missing", "unreadable"]
 COUNTED = ("done", "diverged")
 """A diverged run counts with the score it had reached: leaving it out would flatter its algorithm."""
+
+PLAN = "bench.json"
+"""What a suite meant to run; written into its folder by `rlctl bench`."""
 
 LAST_AGENT = "deterministic episodes of the last agent"
 LAST_EVALUATION = "deterministic episodes of the last evaluation in training"
@@ -48,6 +51,8 @@ class RunRecord:
     task: Task
     seed: int | None
     status: Status
+    label: str = ""
+    """Name of its column in the suite it belongs to; empty: the algorithm names it."""
     origin: str = "rlctl"
     """`rlctl`, or whose log was imported."""
     protocol: str = LAST_AGENT
@@ -91,6 +96,7 @@ def load(paths: Iterable[str | Path]) -> list[RunRecord]:
 
     places = [Path(p) for p in paths]
     found: list[RunRecord] = []
+    plans: list[Path] = []
     for path in places:
         if not path.exists():
             raise UsageError(f"{path} does not exist: give run directories, folders of them, or CSV files")
@@ -98,12 +104,54 @@ def load(paths: Iterable[str | Path]) -> list[RunRecord]:
             found += importers.from_file(path)
             continue
         for folder, files in _folders(path):
+            if PLAN in files:
+                plans.append(folder)
             found += [read_run(folder)] if is_run(folder, files) else importers.from_folder(folder, files, path)
     if not found:
         names = ", ".join(map(str, places))
         raise UsageError(f"no run in {names}: a run directory holds run.json; also read are {importers.KINDS}")
-    unique = {r.where: r for r in found if not r.where.endswith(".csv")}
-    return [*unique.values(), *(r for r in found if r.where.endswith(".csv"))]
+    unique = list({r.where: r for r in found if not r.where.endswith(".csv")}.values())
+    for folder in dict.fromkeys(plans):
+        unique = _as_planned(folder, unique)
+    return [*unique, *(r for r in found if r.where.endswith(".csv"))]
+
+
+def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
+    """The runs of a suite under the names of its columns, and a record of status `missing` for every cell without."""
+    try:
+        plan = json.loads((suite / PLAN).read_text())
+        cells = {str(suite / c["id"]): c for c in plan["cells"]}
+        name = plan["suite"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        note = _line(f"{PLAN} cannot be read, so cells it planned may be missing unnoticed: {type(e).__name__}: {e}")
+        task = Task("unknown", "unknown")
+        return [*records, RunRecord(str(suite / PLAN), "unknown", task, None, "unreadable", note=note)]
+    named = [replace(r, label=cells[r.where]["column"]) if r.where in cells else r for r in records]
+    tasks = {cells[r.where]["source"]: r.task for r in records if r.where in cells}
+    errors = _errors(suite / "ledger.jsonl")
+    started = {r.where for r in records}
+    for where, c in cells.items():
+        if where in started:
+            continue
+        guess = Task("online", c["source"], c["env"]) if c["data"] is None else Task("own data", c["source"], c["env"])
+        note = errors.get(c["id"]) or f"planned by the suite '{name}', not started"
+        task = tasks.get(c["source"], guess)
+        lost = RunRecord(where, c["algo"], task, c["seed"], "missing", label=c["column"], note=note, planned=c["steps"])
+        named.append(lost)
+    return named
+
+
+def _errors(ledger: Path) -> dict[str, str]:
+    """The last error of each cell that has one."""
+    found = {}
+    for line in ledger.read_text(errors="replace").splitlines() if ledger.exists() else []:
+        try:
+            row = json.loads(line)
+            if row.get("error"):
+                found[str(row["cell"])] = _line(f"{row['event']}: {row['error']}")
+        except (ValueError, KeyError, AttributeError):
+            continue
+    return found
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:

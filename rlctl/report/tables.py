@@ -192,7 +192,9 @@ def compute(analysis: Analysis) -> Table:
         )
     hours = sum(r.hours for r in analysis.compute)
     machines = sorted({m for r in analysis.compute for m in r.machines})
-    caption = f"{hours:,.1f} hours of wall-clock in all, on: {'; '.join(machines)}." if rows else ""
+    caption = (
+        f"{hours:,.{1 if hours >= 1 else 2}f} hours of wall-clock in all, on: {'; '.join(machines)}." if rows else ""
+    )
     if len(machines) > 1:
         caption += " Speeds of different machines are not comparable."
     if rows:
@@ -294,6 +296,8 @@ def runs(analysis: Analysis) -> Table:
     paths = short_paths([r for _, r in analysis.grid.records])
     rows = []
     for column, r in sorted(analysis.grid.records, key=lambda x: (x[1].task, x[0], x[1].seed or 0)):
+        if r.status == "missing":
+            continue
         score = "–" if r.score is None else number(r.score)
         seed = "" if r.seed is None else str(r.seed)
         rows.append(

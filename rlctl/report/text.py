@@ -40,8 +40,8 @@ def markdown(analysis: Analysis, title: str) -> str:
         parts += [f"## Scores: {f.name}", "", *_table(tables.results(analysis, f))]
         if (aggregate := tables.aggregates(analysis, f)) is not None:
             parts += [f"### Aggregates: {f.name}", "", *_table(aggregate)]
-        if f.not_aggregated:
-            parts += [f"- Not aggregated: {c}: {why}." for c, why in f.not_aggregated.items()] + [""]
+        if left_out := {**f.not_aggregated, **f.tasks_left_out}:
+            parts += [f"- Not aggregated: {name}: {why}." for name, why in left_out.items()] + [""]
         if (matrix := tables.improvement(analysis, f)) is not None:
             parts += [f"### Probability of improvement: {f.name}", "", *_table(matrix)]
     if analysis.compute:
@@ -60,7 +60,10 @@ def markdown(analysis: Analysis, title: str) -> str:
 
 
 def _counts(analysis: Analysis) -> str:
-    n, counted = len(analysis.grid.records), sum(len(x) for x in analysis.grid.cells.values())
+    n, counted = (
+        sum(r.status != "missing" for _, r in analysis.grid.records),
+        sum(len(x) for x in analysis.grid.cells.values()),
+    )
     return f"{n} run{'s' * (n != 1)} found, {counted} counted."
 
 

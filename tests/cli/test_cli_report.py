@@ -113,7 +113,7 @@ def test_compare_of_two_runs_gives_no_verdict(cli: Cli, ppo_run: Path, sac_run: 
 def test_plot(cli: Cli, ppo_run: Path, sac_run: Path) -> None:
     r = cli("plot", ppo_run, sac_run, "-o", "curves.svg")
     assert r.code == 0
-    assert "1 panels, 2 columns" in r.out
+    assert "tasks: 1, columns: 2" in r.out
     drawn = Path("curves.svg").read_text()
     assert drawn.count('class="mean"') == 4  # two curves and two keys
     assert drawn.count("<svg") == drawn.count("</svg>") == 2

@@ -141,7 +141,7 @@ def test_mixtures_are_warned_of(write_run: Write, tmp_path: Path) -> None:
         "ppo mixes versions of mujoco: 2.3.7",
         "Budgets differ on Hopper-v5 (environment steps): sac 200,000, ppo 1,000,000",
         "rest on as few as 20 episodes",
-        "fewer than 3 seeds",
+        "Fewer than 3 seeds in 2 of 2 cells",
     ):
         assert expected in warnings
 
@@ -158,6 +158,37 @@ def test_missing_cells_are_listed(write_run: Write, tmp_path: Path) -> None:
         ("td3", "Ant-v5", 0): "no run of seed 0, which other tasks have",
         ("td3", "Hopper-v5", 1): "no run of seed 1, which other tasks have",
     }
+
+
+def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_path: Path) -> None:
+    """`bench.json` is the contract with `rlctl bench`: cells with their folder, column, source and seed."""
+    write_run("sac", "Hopper-v5", 0, 1000.0)
+    write_run("sac", "Hopper-v5", 0, 1500.0, settings={"lr": 1e-3}, name="fast-s0")
+    sources = [
+        ("sac/Hopper-v5/s0", "sac", 0),
+        ("sac/Hopper-v5/fast-s0", "sac-fast", 0),
+        ("x/s1", "sac-fast", 1),
+        ("x/s2", "sac", 2),
+    ]
+    cells = [
+        {"id": id, "algo": "sac", "column": column, "source": "Hopper", "env": "Hopper-v5", "data": None}
+        | {"seed": seed, "steps": 1000, "config_key": ""}
+        for id, column, seed in sources
+    ]
+    root = tmp_path / "runs"
+    (root / "bench.json").write_text(json.dumps({"suite": "mine", "cells": cells}))
+    lost = {"time": 1.0, "event": "lost", "cell": "x/s2", "error": "the worker was killed"}
+    (root / "ledger.jsonl").write_text(json.dumps(lost) + "\n{torn")
+    g = grid.build(runs.load([root]))
+    assert [c.name for c in g.columns] == ["sac", "sac-fast"]
+    assert {t.name for t in g.tasks} == {"Hopper-v5"}
+    assert [(c, r.status, r.seed, r.note) for c, r in g.troubles] == [
+        ("sac", "missing", 2, "lost: the worker was killed"),
+        ("sac-fast", "missing", 1, "planned by the suite 'mine', not started"),
+    ]
+    assert "2 runs, 2 finished" in page.render(analysis.analyze(g, replicates=300), "x")
+    (root / "bench.json").write_text("{")
+    assert [r.status for r in runs.load([root])].count("unreadable") == 1
 
 
 def test_a_repeated_seed_counts_once(write_run: Write, tmp_path: Path) -> None:
@@ -203,7 +234,7 @@ def test_d4rl_and_minari_never_share_a_table(write_run: Write, tmp_path: Path) -
     assert "A pool of one config holds nothing but luck of the seed" in shown
 
 
-# ------------------------------------------------------------------------------------------------------ what may be said
+# ----------------------------------------------------------------------------------------------------- what may be said
 def test_one_run_claims_nothing(write_run: Write, tmp_path: Path) -> None:
     write_run("ppo", "Hopper-v5", 0, 1000.0)
     a = analyzed(tmp_path)
@@ -231,7 +262,7 @@ def test_seeds_decide_what_is_shown(
     assert (f.curves[f.tasks[0]][0].low is not None) == interval
     assert bool(f.aggregates) == bool(f.pairs) == bool(f.profiles) == aggregate
     assert bool(a.claims) == aggregate
-    assert any("fewer than 5 seeds" in w for w in a.grid.warnings) != aggregate
+    assert any("ewer than 5 seeds" in w for w in a.grid.warnings) != aggregate
     for content in (page.render(a, "x"), text.markdown(a, "x")):
         assert ("scores higher than" in content) == aggregate
         assert ("No claim" in content) != aggregate
@@ -308,6 +339,7 @@ def test_aggregates_take_only_shared_tasks(write_run: Write, tmp_path: Path) -> 
     assert [t.name for t in f.aggregate_tasks] == ["Hopper-v5", "Walker2d-v5"]
     assert set(f.aggregates) == {"ppo", "sac"}
     assert f.not_aggregated == {"td3": "fewer than 5 seeds: Hopper-v5 2"}
+    assert f.tasks_left_out == {"Ant-v5": "not enough seeds of sac (0)"}
     assert {b.column for b in f.efficiency} == {"ppo", "sac"}
 
 
