@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlctl.report import stats
-from rlctl.report.grid import Grid
+from rlctl.report.grid import SAME_BUDGET, Grid
 from rlctl.report.runs import RunRecord, Task
 from rlctl.report.scale import Given, Scale, scale_of
 from rlctl.report.stats import MIN_FOR_AGGREGATE, MIN_FOR_INTERVAL, Floats, Interval
@@ -80,6 +80,8 @@ class Pair(NamedTuple):
     """Of the permutation test, Holm-corrected over the pairs of the family."""
     comparable: bool
     """Both were measured under one protocol."""
+    unequal: str = ""
+    """What they do not share though a fair comparison would: budgets, physics."""
 
     @property
     def verdict(self) -> str:
@@ -390,11 +392,11 @@ def _pairs(family: Family, grid: Grid, rng: np.random.Generator) -> list[Pair]:
             continue
         left, right = ([family.cells[c, t].raw for t in tasks] for c in (a, b))
         comparable = _protocols(grid, a, tasks) == _protocols(grid, b, tasks)
-        found.append((a, b, tasks, *compare(left, right, rng), comparable))
-    adjusted = stats.holm([p for *_, p, _ in found])
+        found.append((a, b, tasks, *compare(left, right, rng), comparable, _unequal(grid, a, b, tasks)))
+    adjusted = stats.holm([p for *_, p, _, _ in found])
     return [
-        Pair(a, b, tasks, probability, p, ok)
-        for (a, b, tasks, probability, _, ok), p in zip(found, adjusted, strict=True)
+        Pair(a, b, tasks, probability, p, ok, unequal)
+        for (a, b, tasks, probability, _, ok, unequal), p in zip(found, adjusted, strict=True)
     ]
 
 
@@ -405,6 +407,15 @@ def compare(x: Sequence[Floats], y: Sequence[Floats], rng: np.random.Generator) 
     """
     a, b = (np.array([s[: min(map(len, side))] for s in side]).T for side in (x, y))
     return stats.improvement(a, b, rng, level=LEVEL), stats.permutation_test(*stats.standardized(a, b), rng)
+
+
+def _unequal(grid: Grid, a: str, b: str, tasks: Sequence[Task]) -> str:
+    """`budgets`, `physics`, both or neither, on any of the tasks."""
+    cells = [[[r for r in grid.cells[c, t] if r.status == "done"] for c in (a, b)] for t in tasks]
+    budgets = [[max((r.steps for r in cell), default=0) for cell in pair] for pair in cells]
+    physics = [[{r.physics for r in cell} for cell in pair] for pair in cells]
+    found = ["budgets"] if any(max(x) - min(x) > SAME_BUDGET * max(x) for x in budgets) else []
+    return " and ".join(found + (["physics"] if any(x != y for x, y in physics) else []))
 
 
 def _protocols(grid: Grid, column: str, tasks: Sequence[Task]) -> set[str]:
@@ -504,7 +515,11 @@ def _wins(won: Sequence[Pair]) -> list[str]:
     """A sentence per separated pair, or per winner where there are many."""
     if len(won) <= MOST_SENTENCES:
         ordered = sorted(won, key=lambda p: -p.probability.value)
-        return [f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}." for p in ordered]
+        return [
+            f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}."
+            + (f" But their {p.unequal} differ." if p.unequal else "")
+            for p in ordered
+        ]
     by_winner: dict[str, list[Pair]] = defaultdict(list)
     for p in won:
         by_winner[p.a].append(p)
@@ -518,6 +533,7 @@ def _wins(won: Sequence[Pair]) -> list[str]:
         out.append(
             f"{a} scores higher than {names} {where} ({every} of the probability of improvement ≥ {low:.2f}, "
             f"Holm-corrected p ≤ {p_value(largest)})."
+            + "".join(f" The {x.unequal} of {x.b} differ from its own." for x in pairs if x.unequal)
         )
     return out
 

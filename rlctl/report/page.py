@@ -15,11 +15,15 @@ from rlctl.report import charts, svg, tables
 from rlctl.report.analysis import Analysis, Family
 from rlctl.report.runs import COUNTED
 
+ROWS_SHOWN = 15
+"""Of the runs that need attention; the rest is folded away."""
+
 
 def render(analysis: Analysis, title: str) -> str:
     """The whole page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(files("rlctl.report").joinpath("page.html").read_text())
+    troubles, more_troubles = tables.troubles(analysis).split(ROWS_SHOWN)
     families = [_family(analysis, f) for f in analysis.families]
     return template.render(
         title=title,
@@ -33,7 +37,8 @@ def render(analysis: Analysis, title: str) -> str:
         contents=_contents(families),
         families=families,
         compute=tables.compute(analysis),
-        troubles=tables.troubles(analysis),
+        troubles=troubles,
+        more_troubles=more_troubles,
         variants=tables.variants(analysis),
         commands=tables.commands(analysis),
         versions=tables.versions(analysis),
@@ -83,8 +88,7 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         "name": f.name,
         "results": tables.results(analysis, f),
         "aggregates": tables.aggregates(analysis, f),
-        "not_aggregated": f.not_aggregated,
-        "tasks_left_out": f.tasks_left_out,
+        "not_aggregated": {**f.not_aggregated, **f.tasks_left_out},
         "dots": _drawn([svg.dots(d) for d in charts.aggregate_dots(analysis, f)]),
         "curves": _drawn([svg.panel(p) for p in charts.curve_panels(analysis, f)]),
         "legend": [(c, style[c]) for c in f.columns],

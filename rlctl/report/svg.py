@@ -144,7 +144,7 @@ def dots(d: Dots) -> str:
     low, high = min(i.low for *_, i in d.rows), max(i.high for *_, i in d.rows)
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
     low, high = low - margin, high + margin
-    width = 250
+    width = 200
 
     def px(x: float) -> str:
         return _n(left + (x - low) / (high - low) * (width - left - 14))
@@ -152,7 +152,7 @@ def dots(d: Dots) -> str:
     said = "; ".join(f"{name} {i.value:.1f} [{i.low:.1f}, {i.high:.1f}]" for name, _, i in d.rows)
     parts = [_open(width, height, "chart", f"{d.title}: {said}")]
     parts.append(f'<text class="title" x="{left}" y="16">{escape(d.title)}</text>')
-    at = ticks(low, high, 4)
+    at = ticks(low, high, 3)
     for x, text in zip(at, number_labels(at), strict=True):
         parts.append(f'<path class="grid" d="M{px(x)} {TOP}V{height - 22}"/>')
         parts.append(f'<text x="{px(x)}" y="{height - 8}" text-anchor="middle">{text}</text>')
@@ -161,7 +161,7 @@ def dots(d: Dots) -> str:
         text = f"{name}: {i.value:.1f} [{i.low:.1f}, {i.high:.1f}]"
         parts.append(
             f'<g class="series {classes(style)}"><title>{escape(text)}</title>'
-            f'<text x="{left}" y="{_n(y - 9)}">{escape(_clip(name, 38))}</text>'
+            f'<text x="{left}" y="{_n(y - 9)}">{escape(_clip(name, 30))}</text>'
             f'<path class="whisker" d="M{px(i.low)} {_n(y)}H{px(i.high)}"/>'
             f'<circle class="dot" cx="{px(i.value)}" cy="{_n(y)}" r="4.5"/></g>'
         )

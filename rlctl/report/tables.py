@@ -40,6 +40,10 @@ class Table:
     rows: list[list[Entry]]
     caption: str = ""
 
+    def split(self, rows: int) -> tuple[Table, Table]:
+        """Its first rows, and the rest."""
+        return Table(self.header, self.rows[:rows], self.caption), Table(self.header, self.rows[rows:])
+
     def turned(self, corner: str) -> Table:
         """Rows as columns, under a first column named `corner`."""
         whole = [self.header, *self.rows]
@@ -155,7 +159,11 @@ def _pair(p: Pair, turned: bool) -> Entry:
     if turned:
         i = Interval(1 - i.value, 1 - i.high, 1 - i.low)
     strong = p.verdict in ("better", "worse")
-    note = "protocols differ" if not p.comparable else f"p = {p_value(p.p)}"
+    note = (
+        "protocols differ"
+        if not p.comparable
+        else f"p = {p_value(p.p)}" + (f"\n{p.unequal} differ" if p.unequal else "")
+    )
     title = f"{len(p.tasks)} tasks: {', '.join(t.name for t in p.tasks)}; {note}"
     return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}]\n{note}", strong, 2 * i.value - 1, title)
 

@@ -173,6 +173,7 @@ def _family(f: Family) -> dict[str, Any]:
                 "probability_a_beats_b": _interval(p.probability),
                 "p_holm": p.p,
                 "verdict": p.verdict,
+                "differ_in": p.unequal,
             }
             for p in f.pairs
         ],

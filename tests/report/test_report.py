@@ -304,6 +304,16 @@ def test_a_pair_needs_both_tests_and_one_protocol() -> None:
     assert better._replace(probability=stats.Interval(0.1, 0.0, 0.3)).verdict == "worse"
 
 
+def test_a_claim_names_unequal_budgets(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run("ppo", "Hopper-v5", seed, 1000.0 + seed, steps=200_000)
+        write_run("sac", "Hopper-v5", seed, 3000.0 + seed)
+    a = analyzed(tmp_path)
+    assert a.families[0].pairs[0].unequal == "budgets"
+    assert a.claims[0].startswith("sac scores higher than ppo on Hopper-v5")
+    assert a.claims[0].endswith("But their budgets differ.")
+
+
 def test_equal_algorithms_are_rarely_separated() -> None:
     """The verdict holds its level over many made-up studies of two equal algorithms on three tasks."""
     g = np.random.default_rng(0)
