@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def main() -> None:
         "seconds_cpu": round(used.ru_utime + used.ru_stime, 1),
         "peak_memory_mib": round(used.ru_maxrss / 1024),
         "page_kib": round(size / 1024),
+        "load_average_at_the_end": round(os.getloadavg()[0], 1),
         "git": git(),
         "machine": {k: v for k, v in machine().items() if k != "host"},
         "versions": versions(),
