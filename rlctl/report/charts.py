@@ -22,7 +22,7 @@ PALETTE = [  # light, dark: distinguishable by the colour-blind, and readable on
     ("#b3262e", "#ff7f86"),
     ("#3d6b1f", "#9ccf6f"),
     ("#5c5c5c", "#bdbdbd"),
-    ("#007a8c", "#5fd0de"),
+    ("#14171a", "#f4f4f4"),
 ]
 DASHES = ["", "6 3", "2 2.5", "8 2.5 2 2.5"]
 
