@@ -42,8 +42,8 @@ def _show(found: dict[str, Any]) -> None:
     from rlctl.report.tables import number
 
     a, b = found["a"], found["b"]
-    print(f"A: {a['column']}, {a['runs']} runs in {a['path']}")
-    print(f"B: {b['column']}, {b['runs']} runs in {b['path']}")
+    for letter, x in (("A", a), ("B", b)):
+        print(f"{letter}: {x['column']}, {x['runs']} run{'s' * (x['runs'] != 1)} in {x['path']}")
     if found["settings"]:
         print(
             "settings that differ, A -> B: " + ", ".join(f"{k}={x} -> {y}" for k, (x, y) in found["settings"].items())
@@ -54,7 +54,7 @@ def _show(found: dict[str, Any]) -> None:
         if x is None:
             return "no score"
         interval = "" if x["low"] is None else f" [{number(x['low'])}, {number(x['high'])}]"
-        return f"{number(x['mean'])}{interval} ({x['seeds']} seeds)"
+        return f"{number(x['mean'])}{interval} ({x['seeds']} seed{'s' * (x['seeds'] != 1)})"
 
     rows = []
     for t in found["tasks"]:

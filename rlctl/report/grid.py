@@ -165,23 +165,27 @@ def _one_per_seed(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[RunR
 def _missing(
     columns: Sequence[Column], cells: Mapping[tuple[str, Task], Sequence[RunRecord]]
 ) -> list[tuple[str, RunRecord]]:
-    """What a full grid would hold and nobody started: seeds of a column, and tasks of its family."""
+    """What a full grid would hold and nobody started: seeds of a column, and tasks of its family.
+
+    Not for the columns of a suite: what it planned is known, and need not be a full grid.
+    """
     found = []
     for c in columns:
-        mine = {
-            task: {r.seed for r in runs if r.seed is not None} for (name, task), runs in cells.items() if name == c.name
-        }
+        own = {task: runs for (name, task), runs in cells.items() if name == c.name}
+        if any(r.label for runs in own.values() for r in runs):
+            continue
+        mine = {task: {r.seed for r in runs if r.seed is not None} for task, runs in own.items()}
         seeds = set().union(*mine.values()) if mine else set()
         families = {t.family for t in mine}
         for task in {t for _, t in cells if t.family in families}:
             lacking = sorted(seeds - mine.get(task, set()))
             if task not in mine:
                 note = "no run of this algorithm on this task"
-                found.append((c.name, RunRecord("", c.algo, task, None, "missing", c.origin, note=note)))
+                found.append((c.name, RunRecord("", c.algo, task, None, "missing", origin=c.origin, note=note)))
             elif seeds and lacking:
                 note = f"no run of seed {', '.join(map(str, lacking))}, which other tasks have"
                 seed = lacking[0] if len(lacking) == 1 else None
-                found.append((c.name, RunRecord("", c.algo, task, seed, "missing", c.origin, note=note)))
+                found.append((c.name, RunRecord("", c.algo, task, seed, "missing", origin=c.origin, note=note)))
     return found
 
 

@@ -110,7 +110,7 @@ def zoo_evaluations(folder: Path) -> RunRecord:
         if results.ndim != 2 or len(results) != len(steps) or not len(steps):
             raise ValueError(f"timesteps {steps.shape} and results {results.shape} do not belong together")
     except (OSError, KeyError, ValueError) as e:
-        return RunRecord(where, algo, task, seed, "unreadable", "SB3 Zoo", note=f"evaluations.npz: {e}")
+        return RunRecord(where, algo, task, seed, "unreadable", origin="SB3 Zoo", note=f"evaluations.npz: {e}")
     best = float(results.mean(1).max())
     return RunRecord(
         where=where,
@@ -135,7 +135,9 @@ def zoo_monitors(folder: Path, files: list[Path]) -> RunRecord:
     rows = sorted((row for file in files for row in _monitor(file)), key=lambda row: row[2])
     task = Task("online", env, env)
     if not rows:
-        return RunRecord(str(folder), algo, task, seed, "unreadable", "SB3 Zoo", note="no episode in monitor.csv")
+        return RunRecord(
+            str(folder), algo, task, seed, "unreadable", origin="SB3 Zoo", note="no episode in monitor.csv"
+        )
     ret, length, seconds = np.array(rows).T
     return RunRecord(
         where=str(folder),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +51,7 @@ class RunRecord:
     task: Task
     seed: int | None
     status: Status
+    _: KW_ONLY
     label: str = ""
     """Name of its column in the suite it belongs to; empty: the algorithm names it."""
     origin: str = "rlctl"
@@ -117,16 +118,16 @@ def load(paths: Iterable[str | Path]) -> list[RunRecord]:
 
 
 def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
-    """The runs of a suite under the names of its columns, and a record of status `missing` for every cell without."""
+    """The runs of a suite with its command and the names of its columns; cells without one become `missing` records."""
     try:
         plan = json.loads((suite / PLAN).read_text())
         cells = {str(suite / c["id"]): c for c in plan["cells"]}
-        name = plan["suite"]
+        name, command = plan["suite"], tuple(plan.get("command") or ())
     except (OSError, ValueError, KeyError, TypeError) as e:
         note = _line(f"{PLAN} cannot be read, so cells it planned may be missing unnoticed: {type(e).__name__}: {e}")
         task = Task("unknown", "unknown")
         return [*records, RunRecord(str(suite / PLAN), "unknown", task, None, "unreadable", note=note)]
-    named = [replace(r, label=cells[r.where]["column"]) if r.where in cells else r for r in records]
+    named = [replace(r, label=cells[r.where]["column"], command=command) if r.where in cells else r for r in records]
     tasks = {cells[r.where]["source"]: r.task for r in records if r.where in cells}
     errors = _errors(suite / "ledger.jsonl")
     started = {r.where for r in records}
@@ -206,6 +207,7 @@ def read_run(folder: Path) -> RunRecord:
         algo=str(record.get("algo") or config.get("algo") or "unknown"),
         task=task,
         seed=record.get("seed", config.get("seed")),
+        label=str(record.get("column") or ""),
         status=status,
         protocol=protocol,
         episodes=tuple(episodes),

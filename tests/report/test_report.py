@@ -176,17 +176,22 @@ def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_pa
         for id, column, seed in sources
     ]
     root = tmp_path / "runs"
-    (root / "bench.json").write_text(json.dumps({"suite": "mine", "cells": cells}))
+    write_run("ppo", "Ant-v5", 0, 1000.0)
+    plan = {"suite": "mine", "command": ["rlctl", "bench", "mine"], "cells": cells}
+    (root / "bench.json").write_text(json.dumps(plan))
     lost = {"time": 1.0, "event": "lost", "cell": "x/s2", "error": "the worker was killed"}
     (root / "ledger.jsonl").write_text(json.dumps(lost) + "\n{torn")
     g = grid.build(runs.load([root]))
-    assert [c.name for c in g.columns] == ["sac", "sac-fast"]
-    assert {t.name for t in g.tasks} == {"Hopper-v5"}
+    assert [c.name for c in g.columns] == ["ppo", "sac", "sac-fast"]
+    assert {t.name for t in g.tasks} == {"Hopper-v5", "Ant-v5"}
     assert [(c, r.status, r.seed, r.note) for c, r in g.troubles] == [
+        ("ppo", "missing", None, "no run of this algorithm on this task"),  # no suite planned this one
         ("sac", "missing", 2, "lost: the worker was killed"),
         ("sac-fast", "missing", 1, "planned by the suite 'mine', not started"),
     ]
-    assert "2 runs, 2 finished" in page.render(analysis.analyze(g, replicates=300), "x")
+    shown = page.render(analysis.analyze(g, replicates=300), "x")
+    assert "3 runs, 3 finished" in shown
+    assert "rlctl bench mine" in shown
     (root / "bench.json").write_text("{")
     assert [r.status for r in runs.load([root])].count("unreadable") == 1
 
