@@ -23,7 +23,7 @@ ByAlgo = Annotated[
 ScaleFile = Annotated[
     Path | None,
     typer.Option(
-        "--scale", metavar="FILE", help="JSON {task: [return that scores 0, return that scores 100]} for more tasks."
+        "--scale", metavar="FILE", help="JSON from a task to the two returns that score 0 and 100, for more tasks."
     ),
 ]
 
