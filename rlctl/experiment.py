@@ -174,14 +174,21 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return _sectioned(values)
 
 
-def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path | None, Evaluation | None]:
-    """Start a run and see it through. Returns its folder (None on a process beside rank 0) and the final evaluation."""
+def train(
+    settings: Settings, out: Path | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path | None, Evaluation | None]:
+    """Start a run and see it through. Returns its folder (None on a process beside rank 0) and the final evaluation.
+
+    `note` goes into run.json.
+    """
     folder = None if parallel.launched_rank() else _new_folder(settings, out)
-    return _carry_out(settings, folder, resume=False, quiet=quiet)
+    return _carry_out(settings, folder, resume=False, quiet=quiet, note=note)
 
 
-def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path | None, Evaluation | None]:
-    """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
+def resume(
+    folder: Path, steps: int | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path | None, Evaluation | None]:
+    """Go on with an interrupted, killed or finished run (the latter with more `steps`). `note` as of `train`."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
     if done and steps is None:
@@ -195,7 +202,7 @@ def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tu
         plain = settings.plain()
         plain["agent"]["steps"] = steps
         settings = resolve(None, [plain])
-    return _carry_out(settings, folder, resume=True, quiet=quiet)
+    return _carry_out(settings, folder, resume=True, quiet=quiet, note=note)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -298,7 +305,7 @@ def largest_product(cfg: Any) -> int:
 
 
 def _carry_out(
-    settings: Settings, folder: Path | None, *, resume: bool, quiet: bool
+    settings: Settings, folder: Path | None, *, resume: bool, quiet: bool, note: Mapping[str, Any] | None = None
 ) -> tuple[Path | None, Evaluation | None]:
     """Train from start to end; `folder` is None on a process beside rank 0, which keeps nothing."""
     alone = not parallel.launched()
@@ -353,6 +360,7 @@ def _carry_out(
                 "eval_env": env_id,
                 "eval_env_options": {k: v for k, v in found.eval_options().items() if k != "backend"},
                 "dataset": None if data is None else data.record(),
+                **(note or {}),
             },
             begin=not resume,
         )

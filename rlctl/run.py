@@ -73,8 +73,8 @@ class RunConfig:
     graphs: Literal["auto", "require", "never"] = "auto"
     """Run updates and actions from CUDA graphs: auto where device and agent allow it; require insists."""
     compile: bool = False
-    """Run the agent's losses through torch.compile: half a minute or more at the start, then a tenth faster for PPO on a
-    CPU. It pays in long runs of agents with many small steps, and not for SAC."""
+    """Run the agent's losses through torch.compile: half a minute or more at the start, then a tenth faster for PPO on
+    a CPU. It pays in long runs of agents with many small steps, and not for SAC."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Arithmetic of the losses: float32; tf32 rounds the factors of matrix products on CUDA; bf16 is autocast."""
 
