@@ -57,8 +57,20 @@ def test_whoever_is_excused_from_the_probes_ignores_rewards(name: str) -> None:
     assert differing_keys(*results) == []
 
 
-@pytest.mark.parametrize("probe", PROBES)
-@every_learner
+VARIANTS = {"cal-ql", "famo2o-cql", "famo2o-iql"}
+"""Of learners that solve every probe in the default suite: theirs are a few (values over time, the choice of an action
+by the observation), the others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "probe"),
+    [
+        pytest.param(n, p, marks=[pytest.mark.slow] if n in VARIANTS and p not in ("delayed", "both") else [])
+        for n in NAMES
+        if n not in REWARDLESS
+        for p in PROBES
+    ],
+)
 def test_solves_the_probes(name: str, probe: str) -> None:
     agent, env = solve(name, probe)
     starts = {"observation": [[-1.0], [1.0]], "both": [[-1.0], [1.0]], "delayed": [[0.0], [1.0]]}
