@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, config, data, doctor, envs, evaluate, resume, train
+from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, resume, train
 from rlctl.errors import RlctlError
 
 
@@ -49,6 +49,7 @@ app.command("envs")(envs.envs)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app)
+app.add_typer(check.app)
 
 
 def main() -> None:
