@@ -104,6 +104,28 @@ class AgentConfig:
     """Length of the run: environment steps, or gradient steps of an offline learner."""
 
 
+class Exportable(NamedTuple):
+    """A policy for use outside of rlctl; see `Agent.exportable`."""
+
+    module: nn.Module
+    """forward(obs [B, O], *others) -> action [B, A] in the units of [-1, 1]. Draws no random number itself."""
+    inputs: dict[str, tuple[int, ...]]
+    """Its inputs by name, in order, with their shapes less the batch: `obs` first; all others are standard normal noise
+    that the caller draws."""
+
+
+class Deterministic(nn.Module):
+    """An agent's deterministic action as a module."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Actions [B, A] for raw observations [B, O]."""
+        return self.agent.act(obs, explore=False)[0]
+
+
 class Agent(nn.Module):
     """An algorithm: `init`, `act`, `update`; its state is held in place.
 
@@ -182,6 +204,14 @@ class Agent(nn.Module):
         obs = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=self.spec.device)
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
+
+    def exportable(self) -> Exportable:
+        """What `rlctl export` writes: by default the deterministic action, a function of the observation alone.
+
+        A generative policy, whose every action starts from noise, overrides this with a module that takes the noise as
+        an input, so that the exported model is a function too.
+        """
+        return Exportable(Deterministic(self), {"obs": (self.spec.obs_dim,)})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Every optimiser held as an attribute, or in a dict or list that is one, by name (`opt_pi`, `opts/0`)."""

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, resume, train
+from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, export, new, resume, train, video
 from rlctl.errors import RlctlError
 
 
@@ -44,12 +44,15 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("video")(video.video)
 app.command("algos")(algos.algos)
 app.command("envs")(envs.envs)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app)
 app.add_typer(check.app)
+app.add_typer(new.app)
 
 
 def main() -> None:

@@ -20,13 +20,13 @@ from rlctl import agents, checkpoint, experiment
 from rlctl.config import as_plain, build
 from rlctl.conformance import runs
 from rlctl.conformance.host_reads import NoHostReads, host_reads, own_classes
-from rlctl.conformance.probes import STARTS, knows_values, probe_dataset, solve, value_of
+from rlctl.conformance.probes import STARTS, knows_values, solve, value_of, write_dataset
 from rlctl.conformance.results import Skip, expect, fail
 from rlctl.conformance.samples import batch_for, differing, differing_keys, snapshot, tiny
 from rlctl.conformance.settings import ACT_DIM, OBS_DIM, SMALL, traits
 from rlctl.errors import UsageError
 from rlctl.types import Batch, Spec
-from rlctl_envs.probes import PROBES, make_probe
+from rlctl_envs.probes import PROBES
 
 AlgoCheck = Callable[[str], None]
 
@@ -242,7 +242,7 @@ def exact_resume(name: str) -> None:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         root = Path(folder)
-        data = _write(root / "data.npz") if "data" in cls.sources() else None
+        data = write_dataset(root / "data.npz") if "data" in cls.sources() else None
         periods = {"eval_every": max(layer["steps"] // 4, 1), "log_every": max(layer["steps"] // 7, 1)}
         s = runs.settings(name, "probe:both", data, **layer, run=periods)
         try:
@@ -252,21 +252,6 @@ def exact_resume(name: str) -> None:
             torch.set_num_threads(threads)
         expect(stopped > 0, "the run ended before it could be interrupted")
         runs.assert_same(root / "whole", root / "pieces")
-
-
-def _write(file: Path) -> Path:
-    """A dataset of a probe as an .npz."""
-    rows = probe_dataset(make_probe("both", 4), 50).rows
-    columns = {
-        "observations": rows.obs,
-        "next_observations": rows.next_obs,
-        "actions": rows.action,
-        "rewards": rows.reward,
-        "terminals": rows.terminated,
-        "timeouts": rows.truncated,
-    }
-    np.savez(file, **{k: v.numpy() for k, v in columns.items()})  # type: ignore[arg-type]
-    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------- act

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +46,21 @@ def probe_dataset(env: ProbeEnv, steps: int, seed: int = 0, expert: bool = False
     if expert:
         ends[:-1] = False
     return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"made-up-{env.id}", seed=seed)
+
+
+def write_dataset(file: Path, probe: str = "both") -> Path:
+    """What a random policy meets in a probe, as an .npz file of 200 rows."""
+    rows = probe_dataset(make_probe(probe, 4), 50).rows
+    columns = {
+        "observations": rows.obs,
+        "next_observations": rows.next_obs,
+        "actions": rows.action,
+        "rewards": rows.reward,
+        "terminals": rows.terminated,
+        "timeouts": rows.truncated,
+    }
+    np.savez(file, **{k: v.numpy() for k, v in columns.items()})  # type: ignore[arg-type]
+    return file
 
 
 def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent, ProbeEnv]:
