@@ -205,8 +205,8 @@ def _write_torch(program: torch.export.ExportedProgram, file: Path) -> Runner:
     with _silent():
         with file.open("wb") as f:
             torch.export.save(program, f)
-        with file.open("rb") as f:
-            module = torch.export.load(f).module()
+        with file.open("rb") as written:
+            module = torch.export.load(written).module()
 
     def run(inputs: tuple[Tensor, ...]) -> np.ndarray:
         with torch.no_grad():
@@ -216,7 +216,7 @@ def _write_torch(program: torch.export.ExportedProgram, file: Path) -> Runner:
 
 
 def compare(run: Runner, inputs: tuple[Tensor, ...], wanted: np.ndarray, half_range: np.ndarray) -> dict[str, Any]:
-    """How far `run` is from the actions `wanted` [B, A], in parts of half the action range; all at once and one by one."""
+    """How far `run` is from the actions `wanted` [B, A], in parts of half the action range; at once and one by one."""
     got = run(inputs)
     alone = np.concatenate([run(tuple(x[i : i + 1] for x in inputs)) for i in range(8)])
     gap = np.abs(got - wanted) / half_range

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, export, new, resume, train, video
+from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, export, new, resume, train, tune, video
 from rlctl.errors import RlctlError
 
 
@@ -44,6 +44,7 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("tune")(tune.tune)
 app.command("export")(export.export)
 app.command("video")(video.video)
 app.command("algos")(algos.algos)

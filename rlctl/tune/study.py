@@ -127,6 +127,13 @@ class Plan:
             layer = merge(layer, {"agent": {"steps": self.steps}})
         return experiment.resolve(self.algo, [layer])
 
+    def least_p(self) -> float:
+        """The smallest p-value the comparison on fresh seeds can give, Holm-corrected; `LEVEL` and above is hopeless.
+
+        Dealing 2 n runs of each task into halves anew, 2 of all the ways are as extreme as complete separation.
+        """
+        return min(1.0, self.top * 2 / math.comb(2 * self.confirm_seeds, self.confirm_seeds) ** len(self.tasks))
+
     def score(self, task: str, ret: float) -> float:
         """A return as a score: 0 to 100 on the task's scale, or as it is where there is none (a single task)."""
         found = self._range(task)
@@ -263,14 +270,16 @@ class Tuner:
                 return None
             values = {p.key: p.suggest(trial) for p in self.plan.params}
             cells = self.plan.cells(0, self.plan.seeds)
-            return _Attempt(f"trial {trial.number}", values, cells, self.folder / "trials" / f"{trial.number:04d}", trial)
+            return _Attempt(
+                f"trial {trial.number}", values, cells, self.folder / "trials" / f"{trial.number:04d}", trial
+            )
 
         for attempt in self._drive(next_one, active):
             assert attempt.trial is not None
             _tell(study, attempt)
-            what = f"{fmean(attempt.scores):.1f}" if attempt.outcome == "done" else attempt.outcome
-            best = study.best_trial if any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) else None
-            lead = f"; best {best.value:.1f}, trial {best.number}" if best is not None else ""
+            what = f"{fmean(attempt.scores):.4g}" if attempt.outcome == "done" else attempt.outcome
+            best = next(iter(self._best(study)), None)
+            lead = f"; best {best.value:.4g}, trial {best.number}" if best is not None else ""
             shown = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in attempt.values.items())
             self.say(f"{attempt.name} of {self.plan.trials}: {what}{lead}   {shown}{attempt.note}")
 
@@ -279,7 +288,7 @@ class Tuner:
         attempts = self._candidates(study)
         left = iter(attempts)
         for attempt in self._drive(lambda: next(left, None), []):
-            mean = f"{fmean(attempt.scores):.1f}" if attempt.outcome == "done" else attempt.outcome + attempt.note
+            mean = f"{fmean(attempt.scores):.4g}" if attempt.outcome == "done" else attempt.outcome + attempt.note
             self.say(f"fresh seeds, {attempt.name}: {mean}")
 
     def _candidates(self, study: optuna.Study) -> list[_Attempt]:
@@ -379,31 +388,31 @@ class Tuner:
         values = {"default": {}, **{f"trial-{t.number:04d}": self._values(t) for t in self._best(study)}}
         found = {f"trial-{t.number:04d}": t.value for t in self._best(study)}
         scores = {name: self._matrix(name) for name in names}
-        rows = []
+        rows: list[dict[str, Any]] = []
         rng = np.random.default_rng(plan.seed)
         enough = plan.confirm_seeds >= 3
-        comparable = [n for n in names[1:] if enough and np.isfinite(scores[n]).all() and np.isfinite(scores["default"]).all()]
+        whole = {n for n in names if np.isfinite(scores[n]).all()}
+        comparable = [n for n in names[1:] if enough and {n, "default"} <= whole]
         p_values = holm([permutation_test(scores[n], scores["default"], rng) for n in comparable])
         adjusted = dict(zip(comparable, p_values, strict=True))
         for name in names:
             per_seed = scores[name].mean(1)
-            whole = bool(np.isfinite(per_seed).all())
-            interval = t_interval(per_seed) if enough and whole else None
+            interval = t_interval(per_seed) if enough and name in whole else None
             p = adjusted.get(name)
             rows.append(
                 {
                     "name": name,
                     "settings": values[name],
                     "search_score": found.get(name),
-                    "fresh_mean": float(per_seed.mean()) if whole else None,
+                    "fresh_mean": float(per_seed.mean()) if name in whole else None,
                     "fresh_low": interval.low if interval else None,
                     "fresh_high": interval.high if interval else None,
                     "fresh_scores": {t: _finite(scores[name][:, i]) for i, t in enumerate(plan.tasks)},
                     "p_against_default": p,
-                    "verdict": _verdict(name, scores, p, plan.confirm_seeds),
+                    "verdict": _verdict(name, scores, p, plan),
                 }
             )
-        rows = [rows[0], *sorted(rows[1:], key=lambda r: -(r["fresh_mean"] if r["fresh_mean"] is not None else -math.inf))]
+        rows[1:] = sorted(rows[1:], key=lambda r: math.inf if r["fresh_mean"] is None else -r["fresh_mean"])
         states = [t.state for t in study.get_trials(deepcopy=False)]
         result = {
             "study": str(self.folder),
@@ -467,7 +476,7 @@ def _claim(folder: Path, plan: Plan | None) -> Plan:
         write_atomically(file, yaml.safe_dump(plan.plain(), sort_keys=False))
         return plan
     raise UsageError(
-        f"{folder} holds another study, whose {', '.join(differs)} differ{'s' if len(differs) == 1 else ''}: go on with "
+        f"{folder} holds another study, whose {', '.join(differs)} differ: go on with "
         f"it by `rlctl tune --out {folder}` alone, or choose another --out"
     )
 
@@ -531,13 +540,14 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip()[:200] if lines else ""
 
 
-def _verdict(name: str, scores: dict[str, np.ndarray], p: float | None, seeds: int) -> str:
+def _verdict(name: str, scores: dict[str, np.ndarray], p: float | None, plan: Plan) -> str:
     if name == "default":
         return "what the others are compared with"
-    if not np.isfinite(scores[name]).all():
-        return "a run on fresh seeds did not end well"
-    if p is None:
-        return f"no claim: {seeds} fresh seeds, a comparison takes at least 3" if seeds < 3 else "no claim"
+    for who in (name, "default"):
+        if not np.isfinite(scores[who]).all():
+            return f"no claim: a run of {who} on fresh seeds did not end well"
+    if p is None or plan.least_p() >= LEVEL:
+        return f"no claim: {plan.confirm_seeds} fresh seeds cannot separate anything"
     if p >= LEVEL:
         return "not separated from the default"
     return "better" if scores[name].mean() > scores["default"].mean() else "worse"
@@ -549,5 +559,3 @@ def _finite(x: Sequence[float] | np.ndarray) -> list[float | None]:
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return parse_overrides([f"{k}={json.dumps(v)}" for k, v in values.items()])
-
-
