@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,14 @@ def test_a_file_of_ones_own_fails_with_the_reason(cli: Cli, tmp_path: Path) -> N
 
 
 def test_json(cli: Cli, tmp_path: Path) -> None:
-    found = cli("check", "dataset", write_dataset(tmp_path / "d.npz"), "--json").json
-    assert found["ok"]
+    """Episodes that all end after one step look like time limits recorded as ends."""
+    r = cli("check", "dataset", write_dataset(tmp_path / "d.npz"), "--json")
+    assert r.code == 1
+    found = json.loads(r.out)
+    assert not found["ok"]
     assert [c["check"] for c in found["checks"]] == names("dataset")
-    assert {c["status"] for c in found["checks"]} <= {"pass", "skip"}
+    assert [c["check"] for c in found["checks"] if c["status"] == "fail"] == ["terminated"]
+    assert found["fail"] == 1
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_json(cli: Cli, tmp_path: Path) -> None:
         (["algo", "nothing.here:Agent"], "no module"),
         (["env", "Hoper"], "Hopper"),
         (["algo", "sac", "--only", "probe-bth"], "probe-both"),
-        (["dataset", "no/such-v0"], "no"),
+        (["dataset", "no/such-v0"], "no dataset 'no/such-v0'"),
     ],
 )
 def test_refusals(args: list[str], message: str, cli: Cli) -> None:
