@@ -60,9 +60,17 @@ class Controller(nn.Module):
         return (self.high - self.low) / 2 * action + (self.high + self.low) / 2
 
 
-def export(run_dir: Path, format: Format = "onnx", *, checkpoint: str = "latest", out: Path | None = None) -> Path:
+def export(
+    run_dir: Path,
+    format: Format = "onnx",
+    *,
+    checkpoint: str = "latest",
+    sampled: bool = False,
+    out: Path | None = None,
+) -> Path:
     """Export a run's policy to `out` (default: RUN_DIR/export/policy.onnx or .pt2); returns the file.
 
+    `sampled` exports draws of a generative policy, by noise that is an input, instead of the deterministic action.
     Its description is `out` with .json added. Raises UsageError (format, missing package, no environment) and Mismatch,
     with no file left, when the written model does not act like the agent.
     """
@@ -78,7 +86,7 @@ def export(run_dir: Path, format: Format = "onnx", *, checkpoint: str = "latest"
     agent, settings = experiment.load_agent(run_dir, checkpoint)
     env_id, options = experiment.evaluated_in(run_dir, settings)
     agent.cpu().eval()
-    given = agent.exportable()
+    given = agent.exportable(sampled)
     low, high, obs = _look_around(agent, env_id, options)
     controller = Controller(given.module, low, high).eval()
     inputs = (obs, *_noise(given, len(obs)))

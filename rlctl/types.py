@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rlctl.errors import UsageError
 from rlctl.seeding import generator
 
 if TYPE_CHECKING:
@@ -126,6 +127,18 @@ class Deterministic(nn.Module):
         return self.agent.act(obs, explore=False)[0]
 
 
+class Sampled(nn.Module):
+    """The draw that given noise decides, of an agent whose generative policy `pi` sees `obs_norm(obs)`."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent: Any = agent
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [B, A] for raw observations [B, O] and standard normal noise [B, ...]."""
+        return self.agent.pi.sample(self.agent.obs_norm(obs), noise=noise)
+
+
 class Agent(nn.Module):
     """An algorithm: `init`, `act`, `update`; its state is held in place.
 
@@ -142,6 +155,9 @@ class Agent(nn.Module):
     host_reads: str = ""
     """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph. Said by
     the class; an instance whose settings do without the reads clears it."""
+    offline_only: ClassVar[str] = ""
+    """Why an offline learner does not go on in an environment, for one that does not. One that does has a Config with
+    the fields of `rlctl.train.OfflineRLConfig`."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""
@@ -205,12 +221,17 @@ class Agent(nn.Module):
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
 
-    def exportable(self) -> Exportable:
-        """What `rlctl export` writes: by default the deterministic action, a function of the observation alone.
+    def exportable(self, sampled: bool = False) -> Exportable:
+        """What `rlctl export` writes: the deterministic action, a function of the observation alone.
 
-        A generative policy, whose every action starts from noise, overrides this with a module that takes the noise as
-        an input, so that the exported model is a function too.
+        With `sampled` a draw of the policy, which takes its noise as an input, so that the exported model is a function
+        too: for agents with a generative policy, which override this. Raises UsageError for the others.
         """
+        if sampled:
+            raise UsageError(
+                f"{type(self).__name__} has no sampled form to export: leave --sampled out, or override "
+                "Agent.exportable with a module that takes its noise as an input"
+            )
         return Exportable(Deterministic(self), {"obs": (self.spec.obs_dim,)})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -17,12 +17,16 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="File to write; the default is RUN_DIR/export/policy.onnx or .pt2.")
     ] = None,
+    sampled: Annotated[
+        bool,
+        typer.Option("--sampled", help="Of a generative policy: draws, by noise that is an input, not the one action."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Export a trained policy as one file: raw observations in, actions in the environment's own units out.
 
-    Normalisation and action scaling are inside; batches may have any size. A policy that needs random numbers takes
-    them as inputs of their own. The written file is run and compared with the agent; the largest difference stands in
+    Normalisation and action scaling are inside; batches may have any size. The action is the deterministic one; with
+    --sampled a generative policy draws it from noise, which is then a second input. The written file is run and compared with the agent; the largest difference stands in
     the JSON file beside it. ONNX needs pip install 'rlctl[export]'.
 
     [bold]Examples[/bold]
@@ -38,7 +42,7 @@ def export(
     from rlctl.export import Format
     from rlctl.export import export as write
 
-    file = write(run_dir, cast(Format, format_), checkpoint=checkpoint, out=out)
+    file = write(run_dir, cast(Format, format_), checkpoint=checkpoint, sampled=sampled, out=out)
     record = json.loads(file.with_name(file.name + ".json").read_text())
     if json_:
         print_json(record | {"file": str(file)})

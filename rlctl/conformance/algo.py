@@ -229,6 +229,8 @@ def weights_alone(name: str) -> None:
 def exact_resume(name: str) -> None:
     """A run that was interrupted and resumed ends bit for bit like one that never was."""
     cls = agents.get(name)
+    if traits(name).wraps:
+        raise Skip("it corrects a trained run, which it would have to be given")
     known = {f.name for f in dataclasses.fields(cls.Config)}
     layer = {k: v for k, v in (SMALL | dict(traits(name).tiny)).items() if k in known}
     # ticks at which it is stopped; the data end an off-policy run's warm-up between the first two

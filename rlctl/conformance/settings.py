@@ -56,8 +56,29 @@ FAST: dict[str, Any] = SMALL | {
 }
 """The same for solving a probe."""
 
-TINY: dict[str, dict[str, Any]] = {"cql": {"bc_steps": 2, "num_actions": 3}, "edac": {"num_critics": 3}}
+TINY: dict[str, dict[str, Any]] = {
+    "cql": {"bc_share": 2 / 3_000_000, "num_actions": 3},
+    "cal-ql": {"num_actions": 3},
+    "famo2o-cql": {"num_actions": 3},
+    "edac": {"num_critics": 3},
+    "flow-bc": {"flow_steps": 4},
+    "diffusion-ql": {"num_candidates": 5},
+    "fql": {"flow_steps": 4},
+    "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
+    "ifql": {"flow_steps": 4, "num_candidates": 5},
+}
 """Overrides of `SMALL` by algorithm."""
+
+LIGHT: dict[str, Any] = {
+    "cql_weight": 0.002,
+    "num_actions": 4,
+    "critic_hidden": None,
+    "alpha": 0.005,
+    "learn_alpha": False,
+    "bc_share": 0.0,
+    "steps": 1500,
+}
+"""Little pessimism, for the data hold every action."""
 
 SOLVE: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 8 * 16 * 60, "log_std": -1.0},
@@ -82,10 +103,38 @@ SOLVE: dict[str, dict[str, Any]] = {
     # near the best action in the data: a high expectile, sharp weights
     "iql": {"steps": 3000, "expectile": 0.99, "beta": 30.0, "v_lr": 5e-3, "hidden": (64, 64), "critic_lr": 1e-3},
     "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
-    # pessimism light, for the same reason
-    "cql": {"steps": 1500, "cql_weight": 0.002, "num_actions": 4, "alpha": 0.005, "learn_alpha": False, "bc_steps": 0},
+    "cql": LIGHT,
+    "cal-ql": LIGHT,
+    "famo2o-cql": LIGHT,
+    "rebrac": {
+        "steps": 1500,
+        "actor_bc": 0.001,
+        "critic_bc": 0.0,
+        "hidden": (64, 64),
+        "critic_hidden": (64, 64),
+        "critic_lr": 2e-3,
+    },
+    "famo2o-iql": {
+        "steps": 3000,
+        "expectile": 0.99,
+        "beta_min": 20.0,
+        "beta_max": 30.0,
+        "v_lr": 5e-3,
+        "hidden": (64, 64),
+        "critic_lr": 1e-3,
+    },
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
     "bc": {"steps": 1000},
+    "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
+    "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
+    # eta, 1 / alpha, expectile large: the point is to solve the task, not to stay near a random policy
+    "diffusion-ql": {"steps": 1500, "eta": 20.0, "ema_start": 0, "ema_every": 1, "ema_decay": 0.95, "critic_lr": 2e-3}
+    | {"hidden": (64, 64), "num_candidates": 8, "diffusion_steps": 3},
+    "fql": {"steps": 1500, "alpha": 0.1, "lr": 2e-3, "hidden": (64, 64), "flow_steps": 4},
+    "idql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    | {"ema_start": 0, "ema_decay": 0.95, "width": 16, "blocks": 1},
+    "ifql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    | {"ema_start": 0, "ema_decay": 0.95, "hidden": (32, 32), "flow_steps": 4, "layer_norm": False},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
@@ -97,13 +146,13 @@ of the best actions in the data."""
 DEFAULT_STEPS = {"on_policy": 8 * 16 * 100, "off_policy": 1500, "offline": 1500}
 """Length of a probe run by regime, in the regime's own unit."""
 
-IMITATORS = {"bc", "odice-il"}
+IMITATORS = {"bc", "diffusion-bc", "flow-bc", "odice-il"}
 """They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
 
-WRAPPERS: dict[str, str] = {}
+WRAPPERS = {"cdsa": "td3bc"}
 """What corrects a trained agent (`agent.wrap(other)`), and which algorithm's agent that is in the checks."""
 
-BACKUP_ALONE: dict[str, dict[str, Any]] = {"cql": {"cql_weight": 0.0}}
+BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql", "cal-ql", "famo2o-cql")}
 """Settings that leave the backup as the only use of a successor: CQL's penalty draws some of its actions from pi(s'),
 as proposals weighted by their density, whether or not the episode went on."""
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import NoHostReads, host_reads, tiny
+from agent_helpers import NoHostReads, batch_for, differing_keys, host_reads, snapshot, tiny
 
 from rlctl import agents
 from rlctl.config import field_docs
 from rlctl.conformance import Skip
 from rlctl.conformance.algo import CHECKS
+from rlctl.conformance.settings import traits
+from rlctl.train import OfflineRLConfig
 
 NAMES = agents.names()
 every_agent = pytest.mark.parametrize("name", NAMES)
@@ -36,6 +38,24 @@ def test_check(name: str, check: str) -> None:
         CHECKS[check](name)
     except Skip as e:
         pytest.skip(str(e))
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+FROM_DATA = [n for n in NAMES if issubclass(agents.get(n).Config, OfflineRLConfig) and traits(n).learns == "values"]
+
+
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_raw_rewards_are_transformed_in_the_update(name: str) -> None:
+    """`2r+1` on raw rewards learns what no transform learns from rewards that are 2 r + 1 already."""
+    results = []
+    for transform in ("2r+1", "none"):
+        agent = tiny(name, reward=transform)
+        for seed in range(3):
+            batch = batch_for(agent, seed)
+            agent.update(batch if transform == "2r+1" else batch._replace(reward=2 * batch.reward + 1))
+        results.append({k: x for k, x in snapshot(agent).items() if not k.startswith("reward.")})
+    assert differing_keys(*results) == []
+    assert differing_keys({k: x for k, x in snapshot(tiny(name)).items() if k in results[0]}, results[0])
 
 
 # ----------------------------------------------------------------------------------------------------- no host reads

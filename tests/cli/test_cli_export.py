@@ -7,17 +7,16 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cli_helpers import PPO, Cli
-from torch import Tensor, nn
 
-from rlctl import experiment
+from rlctl import agents, experiment
 from rlctl import export as exporting
 from rlctl.conformance.samples import tiny
-from rlctl.types import Agent, Exportable
 
 
 def observations(n: int, dim: int) -> np.ndarray:
@@ -78,27 +77,35 @@ def test_normalisation_and_scaling_are_inside(cli: Cli, tmp_path: Path) -> None:
     np.testing.assert_allclose(action, 3 * agent.predict(obs)[0], atol=1e-5)
 
 
-class Sampler(nn.Module):
-    """A draw of the policy, from noise that is given."""
-
-    def __init__(self, agent: Agent) -> None:
-        super().__init__()
-        self.agent = agent
-
-    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.agent.pi(obs).sample(noise)
-
-
-def test_noise_is_an_input() -> None:
-    """What a generative policy does: its `exportable` names the noise."""
-    agent = tiny("sac").eval()
-    given = Exportable(Sampler(agent), {"obs": (3,), "noise": (2,)})
+@pytest.mark.parametrize("name", ["flow-bc", "diffusion-bc", "fql"])
+def test_noise_is_an_input_of_a_generative_policy(name: str) -> None:
+    agent: Any = tiny(name).eval()
+    given = agent.exportable(sampled=True)
+    assert list(given.inputs) == ["obs", "noise"]
     controller = exporting.Controller(given.module, np.array([-2.0, 0.0]), np.array([2.0, 4.0]))
     module = exporting.to_program(controller, given).module()
-    obs, noise = torch.randn(5, 3), torch.randn(5, 2)
-    wanted = agent.pi(obs).sample(noise) * 2 + torch.tensor([0.0, 2.0])
+    g = torch.Generator().manual_seed(0)
+    obs, noise = (torch.randn(5, *shape, generator=g) for shape in given.inputs.values())
+    wanted = agent.pi.sample(agent.obs_norm(obs), noise=noise).clamp(-1, 1) * 2 + torch.tensor([0.0, 2.0])
     torch.testing.assert_close(module(obs, noise), wanted)
     assert not torch.equal(module(obs, noise), module(obs, -noise))
+
+
+def test_others_have_no_sampled_form(cli: Cli, sac_run: Path) -> None:
+    r = cli("export", sac_run, "--format", "torch", "--sampled")
+    assert r.code == 2
+    assert "leave --sampled out" in r.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", agents.names())
+def test_every_algorithm_can_be_exported(name: str) -> None:
+    agent = tiny(name).eval()
+    given = agent.exportable()
+    module = exporting.to_program(exporting.Controller(given.module, -np.ones(2), np.ones(2)), given).module()
+    obs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(module(obs), agent.act(obs, explore=False)[0].clamp(-1, 1))
 
 
 def test_an_agent_that_draws_while_it_acts_is_told_what_to_do() -> None:
