@@ -225,14 +225,19 @@ class Agent(nn.Module):
         """What `rlctl export` writes: the deterministic action, a function of the observation alone.
 
         With `sampled` a draw of the policy, which takes its noise as an input, so that the exported model is a function
-        too: for agents with a generative policy, which override this. Raises UsageError for the others.
+        too: of an agent whose generative policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone
+        (`Policy.noise_shape`). Another agent overrides this; UsageError if it does not.
         """
-        if sampled:
+        obs = {"obs": (self.spec.obs_dim,)}
+        if not sampled:
+            return Exportable(Deterministic(self), obs)
+        noise = getattr(getattr(self, "pi", None), "noise_shape", None)
+        if noise is None or not hasattr(self, "obs_norm"):
             raise UsageError(
                 f"{type(self).__name__} has no sampled form to export: leave --sampled out, or override "
                 "Agent.exportable with a module that takes its noise as an input"
             )
-        return Exportable(Deterministic(self), {"obs": (self.spec.obs_dim,)})
+        return Exportable(Sampled(self), obs | {"noise": noise})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Every optimiser held as an attribute, or in a dict or list that is one, by name (`opt_pi`, `opts/0`)."""

@@ -20,7 +20,7 @@ from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, minimize
 from rlctl.ops.diffusion import Prediction, Schedule
 from rlctl.train import Dataset, OfflineConfig
-from rlctl.types import Agent, Batch, Count, Exportable, Fraction, Metrics, Positive, Sampled, Spec, Widths
+from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,6 @@ class DiffusionBC(Agent):
         """A draw of the slow policy, or its action of zero noise."""
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
-
-    def exportable(self, sampled: bool = False) -> Exportable:
-        """The deterministic action, or the one that given noise decides."""
-        if not sampled:
-            return super().exportable()
-        return Exportable(Sampled(self), {"obs": (self.spec.obs_dim,), "noise": self.pi.policy.noise_shape})
 
     def actor_loss(self, b: Batch, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """E_{b,dim}[(net(s, noisy action, time) - target)^2], `noise` [B, A] and `time` [B] drawn if not given."""

@@ -20,7 +20,7 @@ from rlctl.nets import FlowPolicy, OneStepPolicy, QEnsemble
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, polyak
 from rlctl.train import OfflineConfig
-from rlctl.types import Agent, Batch, Count, Exportable, Fraction, Metrics, NonNegative, Positive, Sampled, Spec, Widths
+from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,6 @@ class FQL(Agent):
         """mu(s, z) with z drawn, or zero."""
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
-
-    def exportable(self, sampled: bool = False) -> Exportable:
-        """The deterministic action, or the one that given noise decides."""
-        if not sampled:
-            return super().exportable()
-        return Exportable(Sampled(self), {"obs": (self.spec.obs_dim,), "noise": (self.spec.act_dim,)})
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
         """E_{j,b}[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) agg_j Q_lagged_j(s', mu(s', z))."""

@@ -26,8 +26,9 @@ def export(
     """Export a trained policy as one file: raw observations in, actions in the environment's own units out.
 
     Normalisation and action scaling are inside; batches may have any size. The action is the deterministic one; with
-    --sampled a generative policy draws it from noise, which is then a second input. The written file is run and compared with the agent; the largest difference stands in
-    the JSON file beside it. ONNX needs pip install 'rlctl[export]'.
+    --sampled a generative policy draws it from noise, which is then a second input. The written file is run and
+    compared with the agent; the largest difference stands in the JSON file beside it. ONNX needs pip install
+    'rlctl[export]'.
 
     [bold]Examples[/bold]
 
