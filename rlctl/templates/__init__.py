@@ -5,6 +5,7 @@ They are modules like any other, so they are linted, typed and checked with the 
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
 from importlib.resources import files
@@ -30,6 +31,8 @@ def write_algo(name: str, regime: Regime, parent: Path) -> Path:
         raise UsageError(f"there is an algorithm '{name}' already: choose another name")
     if regime not in REGIMES:
         raise UsageError(f"no regime '{regime}': allowed are {', '.join(REGIMES)}")
+    if importlib.util.find_spec(name.replace("-", "_")) is not None:
+        raise UsageError(f"a module '{name.replace('-', '_')}' is installed already: choose another name")
     folder = parent / name
     if folder.exists():
         raise UsageError(f"{folder} exists: choose another name or --out")

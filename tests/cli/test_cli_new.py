@@ -98,6 +98,7 @@ def test_it_installs_with_pip(cli: Cli, tmp_path: Path) -> None:
     [
         (["My_Algo"], "lower-case"),
         (["sac"], "already"),
+        (["numpy"], "installed already"),
         (["fine", "--regime", "online"], "on_policy, off_policy, offline"),
     ],
 )
