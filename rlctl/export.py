@@ -165,7 +165,7 @@ def _placeholders(program: torch.export.ExportedProgram) -> list[Any]:
 
 
 def _traced(controller: Controller, given: Exportable) -> torch.export.ExportedProgram:
-    example = tuple(torch.zeros(3, *shape) for shape in given.inputs.values())
+    example = tuple(torch.zeros(13, *shape) for shape in given.inputs.values())
     batch = torch.export.Dim("batch", min=1)
     # `*noise` is one argument to the tracer
     shapes = ({0: batch}, *([tuple({0: batch} for _ in example[1:])] if example[1:] else []))
