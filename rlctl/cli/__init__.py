@@ -13,7 +13,24 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, check, config, data, doctor, envs, evaluate, export, new, resume, train, tune, video
+from rlctl.cli import (
+    algos,
+    check,
+    compare,
+    config,
+    data,
+    doctor,
+    envs,
+    evaluate,
+    export,
+    new,
+    plot,
+    report,
+    resume,
+    train,
+    tune,
+    video,
+)
 from rlctl.errors import RlctlError
 
 
@@ -46,6 +63,9 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("plot")(plot.plot)
 app.command("tune")(tune.tune)
 app.command("export")(export.export)
 app.command("video")(video.video)
