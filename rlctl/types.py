@@ -228,7 +228,7 @@ class Agent(nn.Module):
         too: of an agent whose generative policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone
         (`Policy.noise_shape`). Another agent overrides this; UsageError if it does not.
         """
-        obs = {"obs": (self.spec.obs_dim,)}
+        obs: dict[str, tuple[int, ...]] = {"obs": (self.spec.obs_dim,)}
         if not sampled:
             return Exportable(Deterministic(self), obs)
         noise = getattr(getattr(self, "pi", None), "noise_shape", None)
