@@ -15,6 +15,7 @@ import typer
 
 from rlctl.cli import (
     algos,
+    bench,
     check,
     compare,
     config,
@@ -63,6 +64,7 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("plot")(plot.plot)
