@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardName, RewardTransform
-from rlctl.nets import EMA, BestOfN, DiffusionPolicy, QEnsemble
+from rlctl.nets import EMA, BestOfN, DiffusionPolicy, Policy, QEnsemble, require
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
@@ -80,7 +80,8 @@ class DiffusionQL(Agent):
     def __init__(self, spec: Spec, cfg: DiffusionQLConfig | None = None) -> None:
         super().__init__(spec, cfg)
         c = self.cfg
-        policy = DiffusionPolicy(spec.obs_dim, spec.act_dim, c.hidden, schedule=c.schedule, steps=c.diffusion_steps)
+        policy = self.make_policy()
+        require(policy, "reparam", "matching_loss", by=type(self).__name__)
         slow = EMA(policy, c.ema_decay, c.ema_every, c.ema_start)
         self.pi = BestOfN(slow, self.value, c.num_candidates, weigh=lambda q: (q / c.temperature).softmax(-1))
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="mish")
@@ -88,6 +89,11 @@ class DiffusionQL(Agent):
         self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_pi = adam(policy.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
+
+    def make_policy(self) -> Policy:
+        """The policy that learns."""
+        c, spec = self.cfg, self.spec
+        return DiffusionPolicy(spec.obs_dim, spec.act_dim, c.hidden, schedule=c.schedule, steps=c.diffusion_steps)
 
     @property
     def slow(self) -> EMA:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardName, RewardTransform
-from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, GenerativePolicy, QEnsemble, ValueNet
+from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
@@ -88,6 +88,7 @@ class IDQL(Agent):
         super().__init__(spec, cfg)
         c, hidden = self.cfg, self.cfg.critic_hidden
         policy = self.make_policy()
+        require(policy, "sample", "matching_loss", by=type(self).__name__)
         slow, weigh = EMA(policy, c.ema_decay, 1, c.ema_start), self.weights if c.implicit_policy else None
         self.pi = BestOfN(slow, self.adv, c.num_candidates, weigh)
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, hidden, 2, c.critic_activation, layer_norm=c.layer_norm)
@@ -98,7 +99,7 @@ class IDQL(Agent):
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
 
-    def make_policy(self) -> GenerativePolicy:
+    def make_policy(self) -> Policy:
         """The policy that learns: clipped in each step, with noise of variance beta, as in the official code."""
         c, spec = self.cfg, self.spec
         assert isinstance(c, IDQLConfig)
