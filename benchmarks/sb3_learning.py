@@ -1,10 +1,10 @@
-"""Stable-Baselines3 on the same task, budget, physics and evaluation, for the learning table.
+"""Stable-Baselines3 (TRPO: sb3-contrib) on the same task, budget, physics and evaluation, for the learning table.
 
     python benchmarks/sb3_learning.py --algo ppo --env Hopper --seed 0
 
-PPO gets 8 DummyVecEnv worlds x 256 steps and VecNormalize (the peer's own recommendation for these tasks), otherwise
-the library's defaults; SAC and TD3 the defaults. The contact margins are halved as in rlctl's published physics.
-Evaluation is ours: 100 deterministic episodes at the end, 10 at each tenth of the budget.
+PPO and TRPO get 8 DummyVecEnv worlds x 256 steps and VecNormalize (the peer's own recommendation for these tasks),
+otherwise the library's defaults; SAC and TD3 the defaults. The contact margins are halved as in rlctl's published
+physics. Evaluation is ours: 100 deterministic episodes at the end, 10 at each tenth of the budget.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import sb3_contrib
 import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -75,7 +76,7 @@ def make(name: str) -> gymnasium.Env[Any, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", choices=["ppo", "sac", "td3"], required=True)
+    parser.add_argument("--algo", choices=["ppo", "sac", "td3", "trpo"], required=True)
     parser.add_argument("--env", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000)
@@ -84,12 +85,12 @@ def main() -> None:
     env_id = rlctl.make_env(args.env, 1).id
     norm = None
     vec: Any
-    if args.algo == "ppo":
+    if args.algo in ("ppo", "trpo"):
         vec = norm = VecNormalize(DummyVecEnv([lambda: make(env_id)] * 8))
         kwargs: dict[str, Any] = {"n_steps": 256}
     else:
         vec, kwargs = DummyVecEnv([lambda: make(env_id)]), {}
-    cls = getattr(stable_baselines3, args.algo.upper())
+    cls = getattr(sb3_contrib if args.algo == "trpo" else stable_baselines3, args.algo.upper())
     model = cls("MlpPolicy", vec, seed=args.seed, device="cpu", **kwargs)
     probe = rlctl.make_env(args.env, 1)
     spec = rlctl.Spec(probe.obs_dim, probe.act_dim)
@@ -111,7 +112,7 @@ def main() -> None:
         "steps": args.steps,
         "physics": "published",
         "config_key": "sb3",
-        "agent": {"library": stable_baselines3.__version__, **kwargs},
+        "agent": {"library": (sb3_contrib if args.algo == "trpo" else stable_baselines3).__version__, **kwargs},
         "machine": {k: v for k, v in machine().items() if k != "host"},
         "versions": versions(),
         "torch_threads": 1,

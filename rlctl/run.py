@@ -83,7 +83,7 @@ class EpisodeStats:
 
     def __init__(self, num_envs: int, device: torch.device) -> None:
         self.ret = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        """Return of each world's running episode up to the pending steps."""
+        """Return of each world's running episode up to the pending steps; NaN for an episode that is not counted."""
         self.length = torch.zeros(num_envs, dtype=torch.float64, device=device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         """Since the last `take`: sum of returns, sum of lengths, number of episodes."""
@@ -96,6 +96,11 @@ class EpisodeStats:
         self._pending.append((reward, done))  # never written over: see `VecEnv`
         if len(self._pending) >= self.SPAN:
             self._settle()
+
+    def leave_out(self, worlds: slice) -> None:
+        """Do not count the running episodes of `worlds`: their time limits come early."""
+        self._settle()
+        self.ret[worlds] = math.nan
 
     def take(self) -> tuple[float, float, int]:
         """(mean return, mean length, count) of the episodes since the last call; reads the device once."""
@@ -138,11 +143,14 @@ class EpisodeStats:
 
         def so_far(rows: slice, at: slice) -> tuple[Tensor, Tensor]:
             """Return and length, up to `rows`, of the episodes that run at `at`."""
-            ret = total[rows] - total.gather(0, began[at]) + self.ret * before[at]
+            carried = torch.where(before[at], self.ret, 0.0)  # not a product: NaN times 0 is NaN
+            ret = total[rows] - total.gather(0, began[at]) + carried
             return ret, step[rows] - began[at] + self.length * before[at]
 
         ret, length = so_far(slice(1, None), slice(-1))
-        self.sums += torch.stack([(ret * done).sum(), (length * done).sum(), done.sum().double()])
+        counted = done & ~ret.isnan()
+        ret_sum, length_sum = (torch.where(counted, x, 0.0).sum() for x in (ret, length))
+        self.sums += torch.stack([ret_sum, length_sum, counted.sum().double()])
         last = slice(-1, None)
         ret, length = so_far(last, last)
         self.ret, self.length = ret[0], length[0]
@@ -292,6 +300,17 @@ class Run:
             raise Interrupted(self.folder)
         return obs
 
+    def pass_over(self, stage: Stage, *, env: VecEnv | None = None, buffer: Any = None) -> None:
+        """Of a stage that is done: restore what it left behind in a resumed run, for a later stage may go on with it.
+
+        A run that stopped between two stages holds nothing yet under the name of the second.
+        """
+        if buffer is not None and f"{stage.name}.buffer" in self._unclaimed:
+            self._claim(f"{stage.name}.buffer", buffer)
+        if env is not None and f"{stage.name}.env" in self._unclaimed and env.can_checkpoint:
+            self._envs.append(env)
+            self._claim(f"{stage.name}.env", EnvPart(env))
+
     def plan(self, total: int) -> None:
         """Say how long the whole of a multi-stage run is (its progress at the end), before its first loop.
 
@@ -318,6 +337,7 @@ class Run:
         if stagger and env.num_envs > 1:
             if env.can_stagger:
                 env.stagger()
+                self.episodes.leave_out(slice(1, None))  # environment 0 keeps its full time
             else:
                 self.display.say(f"{env.id} cannot stagger its worlds: they may reach their time limits together")
         return obs
@@ -325,7 +345,7 @@ class Run:
     def _claim(self, name: str, part: checkpoint.Part) -> bool:
         """Make `part` a part of the checkpoints; load it and return True if the restored checkpoint holds it."""
         self._parts = {
-            n: p for n, p in self._parts.items() if not _same(p, part)
+            n: p for n, p in self._parts.items() if not _covers(part, p)
         }  # it may have had another stage's name
         self._parts[name] = part
         folder = self._unclaimed.pop(name, None)
@@ -665,10 +685,11 @@ def unowned_parameters(agent: Agent) -> None:
         )
 
 
-def _same(a: checkpoint.Part, b: checkpoint.Part) -> bool:
-    if isinstance(a, EnvPart) and isinstance(b, EnvPart):
-        return a.env is b.env
-    return a is b
+def _covers(new: checkpoint.Part, old: checkpoint.Part) -> bool:
+    """Whether `new` saves what `old` does: the same thing, or one that `new` holds (`Mix.holds`)."""
+    if isinstance(new, EnvPart) and isinstance(old, EnvPart):
+        return new.env is old.env
+    return old is new or any(old is x for x in getattr(new, "holds", ()))
 
 
 def non_finite(agent: Agent) -> list[str]:

@@ -2,7 +2,8 @@
 
 Source: Xie et al. 2025 (ICML), arXiv:2401.16025 (objective: E[r A - |A| (r - 1)^2 / (2 eps)]).
 Differs: the value loss is not clipped and a truncation bootstraps from the value of the true successor, as in our PPO;
-the log-ratio is clamped to +-10, where the square would overflow.
+the log-ratio is clamped to +-10, where the square would overflow; the released code halves the squared value error
+before it weights it with 0.5, ours (like our PPO) does not: `vf_coef=0.25` is its weight.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 usage, 3 diverged, 75 interrupted and resumable (sysexits'
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from typing import Annotated
 
@@ -73,6 +75,11 @@ def main() -> None:
             sys.exit(2)
         where = context.command_path if context else "rlctl"
         fail(f"{message().rstrip('.')}; see `{where} --help`", 2)
+    finally:
+        # the verdict stands: an interrupt that arrives while the interpreter takes itself down would only print a
+        # traceback from some library's exit handler
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -12,7 +12,10 @@ Algo = Annotated[
     str | None, typer.Option(help="Algorithm: a name of `rlctl algos`, or package.module:Class for one of your own.")
 ]
 Env = Annotated[
-    str | None, typer.Option(help="Task: Hopper (means Hopper-v5), any Gymnasium id, or probe:NAME. See `rlctl envs`.")
+    str | None,
+    typer.Option(
+        help="Task: Hopper (means Hopper-v5), dmc:hopper-stand, probe:NAME, any Gymnasium id. See `rlctl envs`."
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -36,6 +39,14 @@ def train(
     data: Data = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Length of the run: environment steps, or gradient steps offline.")
+    ] = None,
+    offline_updates: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of an offline learner that goes on in an environment: gradient steps on the data alone, "
+            "before --steps environment steps.",
+        ),
     ] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Worlds simulated side by side.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Root of every random stream of the run.")] = None,
@@ -66,6 +77,8 @@ def train(
 
       rlctl train --algo td3bc --data mujoco/hopper/medium-v0
 
+      rlctl train --algo iql --data mujoco/hopper/medium-v0 --env Hopper --offline-updates 100000 --steps 50000
+
       rlctl train --algo my_pkg.my_file:MyAgent --env Pendulum-v1
     """
     from rlctl import experiment  # torch takes a second to import: --help must not wait for it
@@ -73,7 +86,7 @@ def train(
 
     flags: dict[str, Any] = {"algo": algo, "env": env, "data": data, "seed": seed, "device": device}
     flags = {k: v for k, v in flags.items() if v is not None}
-    sizes = {"steps": steps, "num_envs": num_envs}
+    sizes = {"steps": steps, "num_envs": num_envs, "offline_updates": offline_updates}
     flags["agent"] = {k: v for k, v in sizes.items() if v is not None}
     layers = [experiment.load_yaml(config)] if config is not None else []
     settings = experiment.resolve(algo, [*layers, parse_overrides(set_ or []), flags])
@@ -84,11 +97,13 @@ def train(
 
 def summarize(folder: Path, evaluated: bool) -> None:
     """What came out and where it lies."""
+    from rlctl.data.reference import score_text
+
     record = json.loads((folder / "run.json").read_text())
     if evaluated:
         final = record["final"]
         score = final["normalized_score"]
-        normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
+        normalized = "" if score is None else f", {score_text(record['eval_env'], score)}"
         print(
             f"final evaluation: {final['return_mean']:.1f} ± {final['return_std']:.1f} "
             f"over {final['episodes']} episodes (deterministic actions{normalized})"

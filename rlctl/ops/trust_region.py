@@ -30,14 +30,16 @@ def conjugate_gradient(
 ) -> Tensor:
     """x [P] with `product`(x) near b [P], for a symmetric positive definite `product`; starts at 0.
 
-    Once the squared residual is below `tolerance`, or a direction has no positive curvature (float32 noise), x stays.
+    Once the squared residual is below `tolerance`, or a direction has no positive curvature (float32 noise), x stays
+    what it is for good.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     squared = residual @ residual
+    going = squared > tolerance
     for _ in range(iterations):
         image = product(direction)
         curvature = direction @ image
-        going = (squared > tolerance) & (curvature > 0)
+        going = going & (squared > tolerance) & (curvature > 0)
         length = torch.where(going, squared / torch.where(going, curvature, 1.0), 0.0)
         x = x + length * direction
         residual = residual - length * image

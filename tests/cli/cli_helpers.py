@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,13 @@ class Cli:
         self.monkeypatch.setattr(sys, "argv", ["rlctl", *map(str, args)])
         self.capfd.readouterr()
         code: Any = 0
+        interrupt = signal.getsignal(signal.SIGINT)
         try:
             main()
         except SystemExit as e:
             code = e.code or 0
+        finally:
+            signal.signal(signal.SIGINT, interrupt)  # the command ignores it once its work is done; these tests go on
         out, err = self.capfd.readouterr()
         return Result(code, out, err)
 

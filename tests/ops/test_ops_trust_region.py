@@ -38,6 +38,11 @@ def test_conjugate_gradient_without_positive_curvature_stays(double: None) -> No
     b = torch.tensor([1.0, 2.0])
     assert conjugate_gradient(lambda v: -v, b, 5).tolist() == [0, 0]
     assert conjugate_gradient(lambda v: 0 * v, b, 5).tolist() == [0, 0]
+    # diag(1, -3, 2) has a good direction, then a bad one: x stays where the first has led, however long one goes on
+    c, d = torch.tensor([2.0, 1, 1]), torch.tensor([1.0, -3, 2])
+    first = conjugate_gradient(lambda v: d * v, c, 1)
+    assert first.tolist() == [4, 2, 2]  # |c|^2 / c'Dc = 6 / 3
+    assert conjugate_gradient(lambda v: d * v, c, 9).tolist() == first.tolist()
     assert conjugate_gradient(lambda v: v, torch.zeros(2), 5).tolist() == [0, 0]
 
 

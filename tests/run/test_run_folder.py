@@ -164,6 +164,26 @@ def test_episode_statistics_against_a_plain_loop(span: int, monkeypatch: pytest.
     assert mean_len == pytest.approx(float(np.mean([n for _, n in found])), rel=1e-12)
 
 
+@pytest.mark.parametrize("span", [1, 2, 256])
+def test_episodes_that_are_left_out(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running one of that world, and no other: neither its own next one nor another world's."""
+    monkeypatch.setattr(EpisodeStats, "SPAN", span)
+    stats = EpisodeStats(2, torch.device("cpu"))
+    stats.leave_out(slice(1, None))
+    for reward, done in (([1.0, 10.0], [False, False]), ([2.0, 20.0], [True, True]), ([4.0, 40.0], [False, True])):
+        stats.add(torch.tensor(reward), torch.tensor(done))
+    assert stats.take() == ((3 + 40) / 2, 1.5, 2)
+
+
+def test_staggered_first_episodes_are_not_counted(tmp_path: Path) -> None:
+    """A Pusher episode lasts 100 steps whatever happens, so every episode that the chart counts has that length."""
+    s = settings("ppo", "Pusher", steps=1200, **PPO | {"num_envs": 4, "horizon": 10}, run={"log_every": 400})
+    metrics = rows(experiment.train(s, tmp_path / "run", quiet=True)[0] / "metrics.jsonl")
+    lengths = [r["charts/episodic_length"] for r in metrics if r.get("charts/episodic_length") is not None]
+    assert lengths
+    assert set(lengths) == {100.0}
+
+
 def test_episode_statistics_when_the_number_of_worlds_changes() -> None:
     """As stages with environments of their own do: what was pending is settled first."""
     stats = EpisodeStats(2, torch.device("cpu"))
