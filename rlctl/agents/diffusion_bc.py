@@ -57,6 +57,7 @@ class DiffusionBC(Agent):
     """A generative policy and the matching loss of the data's actions."""
 
     regime = "offline"
+    offline_only = "it copies the data's actions and sees no reward"
     Config: ClassVar[type[CloningConfig]] = DiffusionBCConfig
     cfg: CloningConfig
 

@@ -18,18 +18,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, Policy, QEnsemble, require
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import sampled_backup
-from rlctl.train import OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class DiffusionQLConfig(OfflineConfig):
+class DiffusionQLConfig(OfflineRLConfig):
     """Defaults: those of the paper for MuJoCo (AntMaze: max_q_backup, reward 4r-2; Adroit: actor_lr 3e-5, eta 0.1)."""
 
     hidden: Widths = (256, 256, 256)
@@ -64,10 +64,6 @@ class DiffusionQLConfig(OfflineConfig):
     """Updates per step of the slow policy."""
     ema_start: Annotated[int, Field(ge=0)] = 1000
     """Update from which the slow policy is an average; before, a copy."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like 4r-2 (see docs/data.md)."""
 
 
 class DiffusionQL(Agent):

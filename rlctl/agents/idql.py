@@ -16,19 +16,19 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import expectile_loss
-from rlctl.train import OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class ChosenByValueConfig(OfflineConfig):
+class ChosenByValueConfig(OfflineRLConfig):
     """What the values and the choice need to know, whatever the generative policy."""
 
     critic_hidden: Widths = (256, 256)
@@ -57,10 +57,6 @@ class ChosenByValueConfig(OfflineConfig):
     """Share that the policy that acts, an average over updates, keeps at each update."""
     ema_start: Annotated[int, Field(ge=0)] = 1000
     """Update from which it is an average; before, a copy."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like r-1 (see docs/data.md)."""
 
 
 @dataclass(frozen=True)
