@@ -165,14 +165,18 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return _sectioned(values)
 
 
-def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
-    """Start a run and see it through. Returns its folder and the final evaluation."""
+def train(
+    settings: Settings, out: Path | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
+    """Start a run and see it through. Returns its folder and the final evaluation. `note` goes into run.json."""
     folder = _new_folder(settings, out)
-    return _carry_out(settings, folder, resume=False, quiet=quiet)
+    return _carry_out(settings, folder, resume=False, quiet=quiet, note=note)
 
 
-def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
-    """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
+def resume(
+    folder: Path, steps: int | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
+    """Go on with an interrupted, killed or finished run (the latter with more `steps`). `note` as of `train`."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
     if done and steps is None:
@@ -186,7 +190,7 @@ def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tu
         plain = settings.plain()
         plain["agent"]["steps"] = steps
         settings = resolve(None, [plain])
-    return _carry_out(settings, folder, resume=True, quiet=quiet)
+    return _carry_out(settings, folder, resume=True, quiet=quiet, note=note)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -249,7 +253,9 @@ def torch_threads(cfg: Any) -> int:
     return 1 if small else available_cores()
 
 
-def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
+def _carry_out(
+    settings: Settings, folder: Path, *, resume: bool, quiet: bool, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
     torch.set_num_threads(settings.run.threads or torch_threads(settings.agent))
     torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
     torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
@@ -290,6 +296,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 "eval_env": env_id,
                 "eval_env_options": found.env_options,
                 "dataset": None if data is None else data.record(),
+                **(note or {}),
             },
             begin=not resume,
         )
