@@ -207,18 +207,40 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
-    """The trained agent of a run, ready to act: the `latest` checkpoint or the `best` one."""
+    """The trained agent of a run, ready to act: the `latest` checkpoint, the `best` one, or that of a STEP."""
     settings = read_settings(folder)
-    root = folder / "checkpoints"
-    weights = root / "best" if which == "best" else checkpoint.latest(root)
-    if weights is None or not weights.exists():
-        raise UsageError(f"{folder} holds no {which} checkpoint yet")
+    weights = _weights(folder, which)
     dims = read_json(folder / "run.json")["spec"]
     device = pick_device(settings.device)[0]
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
     agent = agents.make(settings.cls, spec, settings.agent)
     checkpoint.load_agent(weights, agent)
     return agent, settings
+
+
+def _weights(folder: Path, which: str) -> Path:
+    root = folder / "checkpoints"
+    if which in ("latest", "best"):
+        weights = root / "best" if which == "best" else checkpoint.latest(root)
+        if weights is None or not weights.exists():
+            raise UsageError(f"{folder} holds no {which} checkpoint yet")
+        return weights
+    steps = which.removeprefix("step_")
+    there = sorted(p for p in root.glob("step_*") if p.is_dir())
+    found = [p for p in there if steps.isdigit() and int(p.name.removeprefix("step_")) == int(steps)]
+    if not found:
+        have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in there)
+        raise UsageError(f"{folder} has no checkpoint '{which}': it has latest, best (if evaluated) and {have}")
+    return found[0]
+
+
+def evaluated_in(folder: Path, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The environment that a run is evaluated in, and the keyword arguments it is made with."""
+    record = read_json(folder / "run.json")
+    env_id = settings.env or record.get("eval_env")
+    if env_id is None:
+        raise UsageError(f"{folder} does not name an environment to evaluate in")
+    return env_id, dict(record.get("eval_env_options") or settings.env_options)
 
 
 def pick_device(asked: str) -> tuple[torch.device, str]:
