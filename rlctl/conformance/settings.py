@@ -127,13 +127,13 @@ SOLVE: dict[str, dict[str, Any]] = {
     "bc": {"steps": 1000},
     "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
     "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
-    # eta, 1 / alpha, expectile large: the point is to solve the task, not to stay near a random policy
-    "diffusion-ql": {"steps": 1500, "eta": 20.0, "ema_start": 0, "ema_every": 1, "ema_decay": 0.95, "critic_lr": 2e-3}
-    | {"hidden": (64, 64), "num_candidates": 8, "diffusion_steps": 3},
-    "fql": {"steps": 1500, "alpha": 0.1, "lr": 2e-3, "hidden": (64, 64), "flow_steps": 4},
-    "idql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    # eta and the expectile large, alpha small: the point is to solve the task, not to stay near a random policy
+    "diffusion-ql": {"steps": 700, "eta": 20.0, "ema_start": 0, "ema_every": 1, "ema_decay": 0.95, "critic_lr": 3e-3}
+    | {"hidden": (48, 48), "num_candidates": 8, "diffusion_steps": 3},
+    "fql": {"steps": 800, "alpha": 0.1, "lr": 3e-3, "hidden": (48, 48), "flow_steps": 3},
+    "idql": {"steps": 1000, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 2e-3}
     | {"ema_start": 0, "ema_decay": 0.95, "width": 16, "blocks": 1},
-    "ifql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    "ifql": {"steps": 1000, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 2e-3}
     | {"ema_start": 0, "ema_decay": 0.95, "hidden": (32, 32), "flow_steps": 4, "layer_norm": False},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
