@@ -23,7 +23,7 @@ class ActorCriticConfig(OnPolicyConfig):
     hidden: Widths = (64, 64)
     """Widths of the hidden layers of policy and value network (nothing is shared)."""
     activation: Activation = "tanh"
-    """Activation of both networks: relu, tanh, elu, silu or gelu."""
+    """Activation of both networks: relu, tanh, elu, silu, gelu or mish."""
     log_std: float = 0.0
     """Initial log standard deviation of the actions, one free parameter per dimension."""
     gamma: Fraction = 0.99

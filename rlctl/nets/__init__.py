@@ -2,6 +2,8 @@
 
 from rlctl.nets.critic import QEnsemble, ValueNet, VEnsemble
 from rlctl.nets.distributions import Normal, NormalMixture, TanhNormal, TanhNormalMixture
+from rlctl.nets.field import FieldMLP, FieldResNet
+from rlctl.nets.generative import Conditioned, DiffusionPolicy, FlowPolicy, GenerativePolicy, LatentDecoderPolicy
 from rlctl.nets.mlp import mlp
 from rlctl.nets.normalizer import ObsNorm, RewardScale
 from rlctl.nets.policy import (
@@ -13,10 +15,22 @@ from rlctl.nets.policy import (
     TanhMixturePolicy,
     require,
 )
+from rlctl.nets.wrappers import EMA, BestOfN, Composed, Edited, WarmStarted
 
 __all__ = [
+    "EMA",
+    "BestOfN",
+    "Composed",
+    "Conditioned",
     "DeterministicPolicy",
+    "DiffusionPolicy",
+    "Edited",
+    "FieldMLP",
+    "FieldResNet",
+    "FlowPolicy",
     "GaussianPolicy",
+    "GenerativePolicy",
+    "LatentDecoderPolicy",
     "MixturePolicy",
     "Normal",
     "NormalMixture",
@@ -30,6 +44,7 @@ __all__ = [
     "TanhNormalMixture",
     "VEnsemble",
     "ValueNet",
+    "WarmStarted",
     "mlp",
     "require",
 ]

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from rlctl.ops.dense import FusedActivation, dense
 from rlctl.ops.matmul import linear
 
-Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
+Activation = Literal["relu", "tanh", "elu", "silu", "gelu", "mish"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "elu": nn.ELU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
+    "mish": nn.Mish,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,58 @@ from rlctl.nets.mlp import Activation, Linear, mlp
 
 
 class Policy(nn.Module):
-    """Base of all policies. `can` names its capabilities:
+    """Base of all policies. Called with observations it gives what there is of a distribution: `sample`, `mode`, and of
+    a Gaussian or mixture `log_prob` and the like; the methods here answer for every kind. `can` names its capabilities:
 
     sample: stochastic draws; reparam: draws differentiable in the parameters; log_prob: exact density of a given
     action; entropy, kl: in closed form; mode: a deterministic action; components: the distribution is a mixture with
-    `weights` and `components`; deterministic: the module returns actions, not a distribution; chain_log_prob,
-    matching_loss, decode: of generative policies.
+    `weights` and `components`; deterministic: the module returns actions, not a distribution; matching_loss: can be
+    fitted to given actions; decode: a deterministic map from noise to action; field: a noise or velocity prediction;
+    chain_log_prob: densities of the steps of its sampling; latent_log_prob: the density of the code it decodes.
     """
 
-    can: ClassVar[frozenset[str]] = frozenset()
+    can: frozenset[str] = frozenset()
+    noise_shape: tuple[int, ...] | None = None
+    """Shape of the noise one draw takes, [..., *noise_shape]; None where noise alone does not determine it."""
+
+    def sample(
+        self,
+        obs: Tensor,
+        num: int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws [..., A] for `obs` [..., O]; with `num` several for each, [..., num, A], as with such a `noise`."""
+        if num is None and noise is not None and noise.dim() > obs.dim():
+            num = noise.shape[-2]
+        if num is not None:
+            obs = obs.unsqueeze(-2).expand(*obs.shape[:-1], num, obs.shape[-1])
+        return self(obs).sample(noise, generator)
+
+    def candidates(
+        self, obs: Tensor, num: int, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Actions to choose from, [..., num, A] (or more): draws, unless a policy knows better ones."""
+        return self.sample(obs, num, noise, generator)
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The deterministic action [..., A] for `obs` [..., O]."""
+        return self(obs).mode
+
+    def decode(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The action [..., A] that `noise` [..., A] is mapped to."""
+        return self.sample(obs, noise=noise)
+
+    def matching_loss(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """How badly `action` [..., A] is imitated, [...]: here -log pi(a|s); `noise` and `time` are of other kinds."""
+        return -self(obs).log_prob(action)
 
 
 def require(policy: Policy, *capabilities: str, by: str) -> None:
@@ -41,7 +84,7 @@ class GaussianPolicy(Policy):
     the log-std, `dropout` is the probability with which a hidden unit is silenced where a caller asks for it.
     """
 
-    can = frozenset({"sample", "reparam", "log_prob", "entropy", "kl", "mode"})
+    can = frozenset({"sample", "reparam", "log_prob", "entropy", "kl", "mode", "decode", "matching_loss"})
 
     def __init__(
         self,
@@ -57,6 +100,7 @@ class GaussianPolicy(Policy):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.noise_shape = (act_dim,)
         self.mean = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
         self.log_std = nn.Parameter(torch.full((act_dim,), log_std))
         self.tanh_mean, self.log_std_bounds, self.dropout = tanh_mean, log_std_bounds, dropout
@@ -81,7 +125,7 @@ class GaussianPolicy(Policy):
 class TanhGaussianPolicy(Policy):
     """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to `log_std_bounds`."""
 
-    can = frozenset({"sample", "reparam", "log_prob", "kl", "mode"})
+    can = frozenset({"sample", "reparam", "log_prob", "kl", "mode", "decode", "matching_loss"})
 
     def __init__(
         self,
@@ -94,6 +138,7 @@ class TanhGaussianPolicy(Policy):
         small_last: float | None = None,
     ) -> None:
         super().__init__()
+        self.noise_shape = (act_dim,)
         self.net = mlp(obs_dim, 2 * act_dim, hidden, activation, small_last=small_last)
         self.log_std_bounds = log_std_bounds
 
@@ -129,7 +174,7 @@ class MixturePolicy(Policy):
     With one component it is `GaussianPolicy`.
     """
 
-    can = frozenset({"sample", "log_prob", "mode", "components"})
+    can = frozenset({"sample", "log_prob", "mode", "components", "matching_loss"})
 
     def __init__(
         self,
@@ -162,7 +207,7 @@ class TanhMixturePolicy(Policy):
     With one component it is `TanhGaussianPolicy`.
     """
 
-    can = frozenset({"sample", "log_prob", "mode", "components"})
+    can = frozenset({"sample", "log_prob", "mode", "components", "matching_loss"})
 
     def __init__(
         self,
@@ -190,7 +235,7 @@ class TanhMixturePolicy(Policy):
 class DeterministicPolicy(Policy):
     """a = tanh(MLP(s)): the module returns the action itself, not a distribution."""
 
-    can = frozenset({"deterministic"})
+    can = frozenset({"deterministic", "matching_loss"})
 
     def __init__(
         self,
@@ -210,3 +255,18 @@ class DeterministicPolicy(Policy):
         """Actions [..., A] in (-1, 1); with dropout, its masks from `drop`, where that is given."""
         out = self.net(obs) if drop is None or not self.dropout else self.net.dropped(obs, self.dropout, drop)
         return out.tanh()
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The action [..., A]."""
+        return self(obs)
+
+    def matching_loss(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Squared distance of its action to `action` [..., A], a mean over dimensions, [...]."""
+        return (self(obs) - action).square().mean(-1)
