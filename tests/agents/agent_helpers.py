@@ -36,6 +36,12 @@ SMALL: dict[str, Any] = {
     "batch_size": BATCH,
     "buffer_size": 4096,
     "learning_starts": 64,
+    "base_net": "mlp",
+    "base_hidden": (16, 16),
+    "base_steps": 3,
+    "decoder_hidden": (16, 16),
+    "decoder_steps": 3,
+    "decoder_batch_size": 64,
 }
 """Config fields of every tiny agent, taken where a config has them."""
 
@@ -56,7 +62,12 @@ FAST: dict[str, Any] = SMALL | {
 }
 """The same for solving a probe."""
 
-TINY: dict[str, dict[str, Any]] = {"cql": {"bc_steps": 2, "num_actions": 3}, "edac": {"num_critics": 3}}
+TINY: dict[str, dict[str, Any]] = {
+    "cql": {"bc_steps": 2, "num_actions": 3},
+    "edac": {"num_critics": 3},
+    "rlpd": {"num_critics": 3, "policy_every": 2},
+    "expo": {"num_critics": 3, "policy_every": 2, "num_actions": 3, "num_edits": 2, "beta": 0.3},
+}
 """Overrides of `SMALL` by algorithm."""
 
 SOLVE: dict[str, dict[str, Any]] = {
@@ -71,6 +82,31 @@ SOLVE: dict[str, dict[str, Any]] = {
     "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
+    "rlpd": {"steps": 1500, "alpha": 0.005, "learn_alpha": False, "num_critics": 3, "updates_per_step": 1},
+    # the base imitates what was done, random actions at first: several draws and wide edits find the best one
+    "expo": {
+        "steps": 1000,
+        "alpha": 0.005,
+        "learn_alpha": False,
+        "beta": 0.5,
+        "num_critics": 2,
+        "hidden": (64, 64),
+        "critic_lr": 2e-3,
+        "num_actions": 4,
+        "updates_per_step": 1,
+        "policy_every": 1,
+        "base_lr": 3e-3,
+        "base_tau": 0.05,
+    },
+    "gorl": {
+        "steps": 8 * 16 * 80,
+        "log_std": -1.0,
+        "stage_weights": (1.0, 1.0),
+        "rollout_steps": 2000,
+        "decoder_updates": 300,
+        "decoder_lr": 3e-3,
+        "clip": 0.2,
+    },
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do

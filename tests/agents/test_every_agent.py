@@ -206,6 +206,10 @@ def test_metrics_and_gradients_after_an_update(name: str) -> None:
     assert agent.counters["updates"] == 4
 
 
+ELSEWHERE = {"gorl": "next_decoder."}
+"""Parameters that another function than `update` learns (test_gorl holds it to that)."""
+
+
 @every_agent
 def test_every_parameter_is_learned_by_one_optimiser_or_frozen(name: str) -> None:
     agent = tiny(name)
@@ -219,7 +223,7 @@ def test_every_parameter_is_learned_by_one_optimiser_or_frozen(name: str) -> Non
         agent.update(batch_for(agent, seed))
     moved = set(differing(agent, before))
     idle = {k for k, p in agent.named_parameters() if p.requires_grad} - moved
-    assert not idle
+    assert not {k for k in idle if not k.startswith(ELSEWHERE.get(name, "nowhere"))}
 
 
 @every_agent
