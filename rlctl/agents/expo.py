@@ -44,7 +44,7 @@ from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Pos
 
 @dataclass(frozen=True)
 class EXPOConfig(OffPolicyConfig):
-    """Defaults: those of the paper's AntMaze runs (robomimic: beta 0.1, Adroit: 0.7). They ask for a GPU: `base_net mlp`,
+    """Defaults: those of the paper's AntMaze runs (robomimic: beta 0.1, Adroit: 0.7). They ask for a GPU; base_net mlp,
     fewer base_steps, actions, critics and updates per step fit a CPU (see configs/expo)."""
 
     learning_starts: Annotated[int, Field(ge=0)] = 5000
