@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,11 @@ class Settings:
         """The agent's class."""
         return agents.get(self.algo)
 
+    @property
+    def goes_online(self) -> bool:
+        """Whether an offline learner goes on in an environment."""
+        return getattr(self.agent, "offline_updates", None) is not None
+
     def plain(self) -> dict[str, Any]:
         """What config.yaml holds."""
         return {
@@ -102,6 +107,8 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     if top.get("data") and "data" not in cls.sources() | cls.accepts:
         raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
     values = merge(packaged(algo, env), top)
+    if values.get("agent", {}).get("offline_updates") is not None:
+        _refuse_online(algo, cls)
     data_options = dict(values.get("data_options", {}))
     for key in data_options:
         if key not in DATA_OPTIONS:
@@ -117,6 +124,16 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
         env_options=dict(values.get("env_options", {})),
         data_options=data_options,
     )
+
+
+def _refuse_online(algo: str, cls: type[Agent]) -> None:
+    """UsageError for a learner that does not go from a dataset to an environment."""
+    why = cls.offline_only
+    if not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
+        online = "it learns in its environment from the start"
+        why = online if cls.regime != "offline" else "its config does not derive from rlctl.train.OfflineRLConfig"
+    if why:
+        raise UsageError(f"{algo} does not go from a dataset to an environment: {why}; leave --offline-updates out")
 
 
 def packaged(algo: str, env: str | None) -> dict[str, Any]:
@@ -161,6 +178,8 @@ def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tu
         raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:
         made = checkpoint.progress(folder / "checkpoints")
+        if settings.goes_online:  # `steps` then counts those in the environment alone
+            made = max(made - settings.agent.offline_updates, 0)
         if steps <= made and (done or steps != settings.agent.steps):
             raise UsageError(f"{folder} has made {made:,} steps already: --steps is the new total, give a larger one")
         plain = settings.plain()
@@ -339,7 +358,7 @@ def _sources(s: Settings, device: torch.device) -> _Sources:
     env_id, options = s.env, dict(s.env_options)
     if env_id is None and data is not None and data.env_id is not None:
         env_id, options = data.env_id, data.origin.env_options | options
-    trains = "env" in s.cls.sources()
+    trains = "env" in s.cls.sources() or s.goes_online
     num_envs = s.agent.num_envs if trains else 1
     if env_id is not None:
         seed = derive(s.seed, "env", 31)
@@ -350,6 +369,8 @@ def _sources(s: Settings, device: torch.device) -> _Sources:
                 raise
             no_evaluation = f"the environment of the dataset cannot be made here ({e}); give one with --env"
             env_id = None
+    if env is None and trains:
+        raise UsageError(f"{s.algo} is to go on in an environment: {no_evaluation}")
     if env is not None:
         spec = Spec(env.obs_dim, env.act_dim, num_envs, device, env.episode_len, s.seed)
     else:
@@ -371,9 +392,12 @@ def _announce(
 ) -> None:
     parameters = sum(p.numel() for p in agent.parameters())
     source = " and ".join(x for x in (s.env, s.data) if x)
-    display.say(f"{s.algo} on {source}, seed {s.seed}: {s.agent.steps:,} steps, {parameters:,} parameters, in {folder}")
+    steps = f"{s.agent.steps:,} steps"
+    if s.goes_online:
+        steps = f"{s.agent.offline_updates:,} updates on the data, then {s.agent.steps:,} steps online"
+    display.say(f"{s.algo} on {source}, seed {s.seed}: {steps}, {parameters:,} parameters, in {folder}")
     display.say(f"device {device}: {why}; {torch.get_num_threads()} CPU threads")
-    if s.cls.regime == "off_policy":
+    if s.cls.regime == "off_policy" or s.goes_online:
         from rlctl.data.ring import planned_bytes
 
         held = min(s.agent.buffer_size, s.agent.steps)

@@ -300,6 +300,17 @@ class Run:
             raise Interrupted(self.folder)
         return obs
 
+    def pass_over(self, stage: Stage, *, env: VecEnv | None = None, buffer: Any = None) -> None:
+        """Of a stage that is done: restore what it left behind in a resumed run, for a later stage may go on with it.
+
+        A run that stopped between two stages holds nothing yet under the name of the second.
+        """
+        if buffer is not None and f"{stage.name}.buffer" in self._unclaimed:
+            self._claim(f"{stage.name}.buffer", buffer)
+        if env is not None and f"{stage.name}.env" in self._unclaimed and env.can_checkpoint:
+            self._envs.append(env)
+            self._claim(f"{stage.name}.env", EnvPart(env))
+
     def plan(self, total: int) -> None:
         """Say how long the whole of a multi-stage run is (its progress at the end), before its first loop.
 
@@ -334,7 +345,7 @@ class Run:
     def _claim(self, name: str, part: checkpoint.Part) -> bool:
         """Make `part` a part of the checkpoints; load it and return True if the restored checkpoint holds it."""
         self._parts = {
-            n: p for n, p in self._parts.items() if not _same(p, part)
+            n: p for n, p in self._parts.items() if not _covers(part, p)
         }  # it may have had another stage's name
         self._parts[name] = part
         folder = self._unclaimed.pop(name, None)
@@ -674,10 +685,11 @@ def unowned_parameters(agent: Agent) -> None:
         )
 
 
-def _same(a: checkpoint.Part, b: checkpoint.Part) -> bool:
-    if isinstance(a, EnvPart) and isinstance(b, EnvPart):
-        return a.env is b.env
-    return a is b
+def _covers(new: checkpoint.Part, old: checkpoint.Part) -> bool:
+    """Whether `new` saves what `old` does: the same thing, or one that `new` holds (`Mix.holds`)."""
+    if isinstance(new, EnvPart) and isinstance(old, EnvPart):
+        return new.env is old.env
+    return old is new or any(old is x for x in getattr(new, "holds", ()))
 
 
 def non_finite(agent: Agent) -> list[str]:

@@ -15,9 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.data.episodes import EpisodeRing
+from rlctl.data.reward import RewardName
 from rlctl.data.ring import Mix, Ring, refuse_if_too_large
 from rlctl.data.rollout import Rollout
-from rlctl.types import Agent, AgentConfig, Batch, Buffer, Count, Metrics, Positive, Regime
+from rlctl.types import Agent, AgentConfig, Batch, Buffer, Count, Fraction, Metrics, Positive, Regime
 
 if TYPE_CHECKING:
     from rlctl.run import Run
@@ -58,6 +60,32 @@ class OfflineConfig(AgentConfig):
 
     batch_size: Count = 256
     """Transitions per update."""
+
+
+@dataclass(frozen=True)
+class OfflineRLConfig(OfflineConfig):
+    """What a learner of values from data needs to know: how it sees the data, and how it goes on in an environment."""
+
+    normalize_obs: bool = False
+    """z-score observations with the dataset's mean and std (+ 1e-3)."""
+    reward: RewardName = "none"
+    """Reward transform: none, return-range, standardise, or a formula like 10r-5 (see docs/data.md)."""
+    offline_updates: Annotated[int, Field(ge=0)] | None = None
+    """Gradient steps on the data alone, after which the run goes online for `steps` environment steps; null: `steps`
+    gradient steps on the data, and no environment."""
+    data_share: Fraction | None = 0.5
+    """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
+    num_envs: Count = 1
+    """Online: worlds stepped side by side."""
+    buffer_size: Count = 1_000_000
+    """Online: transitions the replay buffer keeps, besides the dataset."""
+    updates_per_step: Positive = 1.0
+    """Online: updates per environment step."""
+
+    @property
+    def updates_on_data(self) -> int:
+        """Gradient steps of the part of the run without an environment."""
+        return self.steps if self.offline_updates is None else self.offline_updates
 
 
 class Dataset(Protocol):
@@ -108,6 +136,7 @@ def on_policy(
     learn = learn or agent.update
     now = run.stage(agent, stage)
     if now.env_steps >= steps:
+        run.pass_over(now, env=env)
         return
     rollout = Rollout(horizon, agent.spec.device)
     obs = run.begin(agent, now, env=env, left=steps - now.env_steps, stagger=stagger)
@@ -146,6 +175,7 @@ def off_policy(
     learn = learn or agent.update
     now = run.stage(agent, stage)
     if now.env_steps >= steps:
+        run.pass_over(now, env=env, buffer=buffer)
         return
     obs = run.begin(agent, now, env=env, buffer=buffer, left=steps - now.env_steps)
 
@@ -178,6 +208,7 @@ def offline(
     agent.prepare(data)
     now = run.stage(agent, stage)
     if now.updates >= updates:
+        run.pass_over(now, buffer=data)
         return
     run.begin(agent, now, buffer=data, left=updates - now.updates)
     while now.updates < updates:
@@ -220,8 +251,30 @@ def train_off_policy(job: Job) -> None:
 
 
 def train_offline(job: Job) -> None:
-    """The schedule of an offline learner."""
-    offline(job.agent, job.data, job.run)
+    """The schedule of an offline learner: the data alone, or first the data and then an environment."""
+    if getattr(job.cfg, "offline_updates", None) is None:
+        offline(job.agent, job.data, job.run)
+    else:
+        offline_to_online(job)
+
+
+def offline_to_online(job: Job) -> None:
+    """`offline_updates` updates on the data, then `steps` env steps with batches of both: one agent, one run.
+
+    Statistics of observations and rewards are those of the data throughout. No action is uniformly random: the policy
+    is trained. Columns that the agent asked of its dataset are computed for the environment's episodes too.
+    """
+    cfg, agent, data = job.cfg, job.agent, job.data
+    assert job.env is not None
+    refuse_if_too_large(agent.spec, min(cfg.buffer_size, cfg.steps + job.env.num_envs))
+    job.run.plan(cfg.offline_updates + cfg.steps)
+    offline(agent, data, job.run, updates=cfg.offline_updates)
+    ring = (
+        EpisodeRing(cfg.buffer_size, list(data.requests.values()), agent.spec.device, job.seed)
+        if data.requests
+        else Ring(cfg.buffer_size, agent.spec.device, job.seed)
+    )
+    off_policy(agent, job.env, Mix(data, ring, cfg.data_share), job.run, learning_starts=0, stage="online")
 
 
 SCHEDULES: dict[Regime, Callable[[Job], None]] = {

@@ -120,6 +120,9 @@ class Agent(nn.Module):
     host_reads: str = ""
     """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph. Said by
     the class; an instance whose settings do without the reads clears it."""
+    offline_only: ClassVar[str] = ""
+    """Why an offline learner does not go on in an environment, for one that does not. One that does has a Config with
+    the fields of `rlctl.train.OfflineRLConfig`."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""

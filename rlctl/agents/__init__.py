@@ -55,8 +55,13 @@ ENTRIES = {
         Entry("a2pr", "rlctl.agents.a2pr:A2PR", "arXiv:2405.19909", "TD3+BC on the better of data and VAE actions"),
         Entry("iql", "rlctl.agents.iql:IQL", "arXiv:2110.06169", "expectile values, advantage-weighted cloning"),
         Entry("cql", "rlctl.agents.cql:CQL", "arXiv:2006.04779", "soft actor-critic with conservative critics"),
+        Entry("cal-ql", "rlctl.agents.cal_ql:CalQL", "arXiv:2303.05479", "CQL, floored by the data's own returns"),
         Entry("awac", "rlctl.agents.awac:AWAC", "arXiv:2006.09359", "actor-critic with an advantage-weighted policy"),
         Entry("edac", "rlctl.agents.edac:EDAC", "arXiv:2110.01548", "many diverse critics, the smallest counts"),
+        Entry("rebrac", "rlctl.agents.rebrac:ReBRAC", "arXiv:2305.09836", "TD3+BC that clones in its critics too"),
+        Entry("famo2o-iql", "rlctl.agents.famo2o_iql:FamO2OIQL", "arXiv:2310.17966", "IQL at a beta for every state"),
+        Entry("famo2o-cql", "rlctl.agents.famo2o_cql:FamO2OCQL", "arXiv:2310.17966", "CQL at a beta for every state"),
+        Entry("cdsa", "rlctl.agents.cdsa:CDSA", "arXiv:2406.07541", "score steps on the actions of a trained agent"),
         Entry(
             "odice", "rlctl.agents.odice:ODICE", "arXiv:2402.00348", "DICE by orthogonal gradients, weighted cloning"
         ),

@@ -15,17 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.agents.td3 import TD3Settings
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble, ValueNet
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.nets.vae import ActionVAE, prior_kl
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.td3 import clipped_double_backup, scaled_value_loss, smoothed
-from rlctl.train import Dataset, OfflineConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
+from rlctl.train import OfflineRLConfig
+from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class A2PRConfig(OfflineConfig):
+class A2PRConfig(OfflineRLConfig, TD3Settings):
     """Defaults: those of the official parser. Its medium sets: HalfCheetah alpha 40, mask 1; Hopper mask 0.4, gamma
     0.995; Walker2d mask 1, vae_weight 1.5."""
 
@@ -35,24 +38,10 @@ class A2PRConfig(OfflineConfig):
     """Widths of the hidden layers of the critics and of the state value."""
     vae_hidden: Widths = (750, 750)
     """Widths of the hidden layers of the VAE's encoder and decoder; its code has 2 act_dim numbers."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """Lagged networks move by tau towards the online ones at each actor step."""
-    actor_lr: Positive = 3e-4
-    """Adam's learning rate of the actor."""
     critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics and of the state value."""
     vae_lr: Positive = 1e-3
     """Adam's learning rate of the VAE."""
-    policy_noise: NonNegative = 0.2
-    """Std of the Gaussian that smooths the action in the backup."""
-    noise_clip: Positive = 0.5
-    """Bound of that smoothing noise."""
-    policy_every: Count = 2
-    """Critic updates per actor update."""
-    exploration_noise: NonNegative = 0.1
-    """Std of the Gaussian added to the action in a stochastic evaluation."""
     alpha: NonNegative = 2.5
     """Weight of the value term against the regulariser, after normalising Q by its mean magnitude."""
     mask: NonNegative = 0.5
@@ -90,27 +79,24 @@ class A2PR(Agent):
         self.opt_v = adam(self.v_data.parameters(), c.critic_lr)
         self.opt_vae = adam(self.vae.parameters(), c.vae_lr)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
         action = self.pi(self.obs_norm(obs))
-        if explore:
-            noise = torch.randn(action.shape, generator=self.rng["action"], device=action.device)
-            action = (action + self.cfg.exploration_noise * noise).clamp(-1, 1)
-        return action, {}
+        return (perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action), {}
 
     @torch.no_grad()
     def backup(self, b: Batch, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """TD3's smoothed next action a~ [B, A], and y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~) [B]."""
-        c, action = self.cfg, self.pi_lagged(b.next_obs)
-        if noise is None:
-            noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)
-        action = smoothed(action, noise, c.policy_noise, c.noise_clip)
+        c = self.cfg
+        action = smoothed(self.pi_lagged(b.next_obs), noise, c.policy_noise, c.noise_clip, self.rng["sample"])
         return action, clipped_double_backup(b.reward, b.terminated, self.q_lagged(b.next_obs, action), c.gamma)
 
     def critic_loss(self, b: Batch, backup: Tensor) -> Tensor:
@@ -155,10 +141,14 @@ class A2PR(Agent):
         regulariser = (on.unsqueeze(-1) * (action - target).square()).mean()
         return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + self.cfg.mask * regulariser
 
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
+
     def update(self, b: Batch) -> Metrics:
         """Critics, state value, VAE; every `policy_every`-th time the actor and then the lagged networks."""
         self.counters["updates"] += 1
-        b = b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        b = self.seen(b)
         next_action, backup = self.backup(b)
         metrics = {"losses/critic": minimize(self.critic_loss(b, backup), self.opt_q)}
         value_loss, value = self.value_loss(b, next_action, backup)

@@ -13,17 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import GaussianPolicy, QEnsemble
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import awr_weight
-from rlctl.train import Dataset, OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class AWACConfig(OfflineConfig):
-    """Defaults: those of the MuJoCo tasks."""
+class AWACConfig(OfflineRLConfig):
+    """Defaults: those of the MuJoCo tasks (AntMaze: lam 0.1, reward r-1)."""
 
     hidden: Widths = (256, 256, 256)
     """Widths of the hidden layers of actor and critics."""
@@ -39,6 +41,8 @@ class AWACConfig(OfflineConfig):
     """Adam's learning rate of the critics."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
+    data_share: Fraction | None = None
+    """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
 class AWAC(Agent):
@@ -57,11 +61,13 @@ class AWAC(Agent):
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -94,8 +100,8 @@ class AWAC(Agent):
         return -(weight * self.pi(b.obs).log_prob(b.action)).mean()
 
     def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards as they are (the place to transform them)."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics, actor, lagged critics."""

@@ -56,6 +56,7 @@ class BC(Agent):
     regime = "offline"
     Config = BCConfig
     schedule: ClassVar[Callable[[Job], None] | None] = staticmethod(train_bc)
+    offline_only = "it copies the data's actions and sees no reward"
     cfg: BCConfig
 
     def __init__(self, spec: Spec, cfg: BCConfig | None = None) -> None:

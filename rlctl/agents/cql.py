@@ -10,23 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from rlctl.nets import QEnsemble, TanhGaussianPolicy
+from rlctl.agents.sac import SACSettings
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardTransform
+from rlctl.nets import QEnsemble, TanhGaussianPolicy, TanhNormal
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
 from rlctl.ops.offline import SampledBackup, conservative_gap, sampled_backup
-from rlctl.train import Dataset, OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class CQLConfig(OfflineConfig):
-    """Defaults: those of the authors' code for MuJoCo tasks (AntMaze: lagrange_gap 5, backup max-min)."""
+class CQLConfig(OfflineRLConfig, SACSettings):
+    """Defaults: those of the authors' code for MuJoCo tasks (AntMaze: lagrange_gap 5, backup max-min,
+    reward 4r-2)."""
 
     steps: Count = 3_000_000
     """Gradient steps."""
@@ -48,30 +51,22 @@ class CQLConfig(OfflineConfig):
     """Successor action: one draw, or the best of num_actions by each critic (max-min) or by the smallest (min-max)."""
     entropy_backup: bool = False
     """Count the successor's entropy in the backup."""
-    bc_steps: Annotated[int, Field(ge=0)] = 40_000
-    """Updates in which the policy is cloned from the data before it follows the critics."""
+    bc_share: Fraction = 1 / 75
+    """Share of the updates on the data in which the policy is first cloned (officially 40,000 of 3,000,000)."""
     simultaneous: bool = False
     """Step all parameters at the end, so that every loss sees those of before the update."""
     hidden: Widths = (256, 256, 256)
-    """Widths of the hidden layers of actor and critics."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """q_lagged <- q_lagged + tau (q - q_lagged) after each update."""
+    """Widths of the hidden layers of the policy."""
+    critic_hidden: Widths | None = None
+    """Widths of the hidden layers of the critics; null takes those of the policy."""
+    layer_norm: bool = False
+    """LayerNorm before each activation of the critics."""
     actor_lr: Positive = 1e-4
     """Adam's learning rate of the policy."""
     critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics and of the multiplier."""
     alpha_lr: Positive = 1e-4
     """Adam's learning rate of log alpha."""
-    alpha: Positive = 1.0
-    """Temperature of the entropy: the initial one, or the fixed one when learn_alpha is off."""
-    learn_alpha: bool = True
-    """Adjust the temperature to hold the policy's entropy at target_entropy."""
-    target_entropy: float | None = None
-    """Nats, of the density of actions in [-1, 1]; None takes -act_dim."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
 
 class CQL(Agent):
@@ -88,10 +83,11 @@ class CQL(Agent):
             raise ValueError(f"backup={c.backup} has no entropy term: set entropy_backup=false with it")
         if c.lagrange_gap is not None and c.cql_weight == 0:
             raise ValueError("a Lagrange multiplier of a conservative term of weight 0: set cql_weight above 0")
-        self.pi = TanhGaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden)
-        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
+        self.pi = self.make_policy()
+        self.q = self.make_critics()
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
         self.log_alpha = nn.Parameter(torch.tensor(c.alpha).log(), requires_grad=c.learn_alpha)
         self.target_entropy = -float(spec.act_dim) if c.target_entropy is None else c.target_entropy
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
@@ -102,8 +98,27 @@ class CQL(Agent):
             self.log_multiplier = nn.Parameter(torch.zeros(()))
             self.opt_multiplier = adam([self.log_multiplier], c.critic_lr)
 
+    def make_policy(self) -> TanhGaussianPolicy:
+        """The policy, for a variant that conditions it on more than the observation."""
+        return TanhGaussianPolicy(self.spec.obs_dim, self.spec.act_dim, self.cfg.hidden)
+
+    def make_critics(self) -> QEnsemble:
+        """The twin critics, for a variant that builds others."""
+        c = self.cfg
+        hidden = c.hidden if c.critic_hidden is None else c.critic_hidden
+        return QEnsemble(self.spec.obs_dim, self.spec.act_dim, hidden, num=2, layer_norm=c.layer_norm)
+
+    def here(self, b: Batch) -> TanhNormal:
+        """The policy's distribution at s."""
+        return self.pi(b.obs)
+
+    def following(self, b: Batch) -> TanhNormal:
+        """The policy's distribution at s'."""
+        return self.pi(b.next_obs)
+
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -118,7 +133,7 @@ class CQL(Agent):
 
         `noise` is [B, A], or [K, B, A] for the best of K actions.
         """
-        c, pi = self.cfg, self.pi(b.next_obs)
+        c, pi = self.cfg, self.following(b)
         if c.backup == "one":
             action, logp = pi.sample_log_prob(noise, self.rng["sample"])
             v = self.q_lagged(b.next_obs, action).amin(0)
@@ -143,10 +158,14 @@ class CQL(Agent):
         if uniform is None:
             uniform = torch.rand(like.shape, generator=rng, dtype=like.dtype, device=like.device)
         box = like.new_full(like.shape[:-1], -self.spec.act_dim * math.log(2))
-        following, logp_following = self.pi(b.next_obs).spread(n).sample_log_prob(at_next, rng)
-        here, logp_here = self.pi(b.obs).spread(n).sample_log_prob(at_obs, rng)
+        following, logp_following = self.following(b).spread(n).sample_log_prob(at_next, rng)
+        here, logp_here = self.here(b).spread(n).sample_log_prob(at_obs, rng)
         actions = torch.cat([2 * uniform - 1, following, here]).movedim(0, 1)
         return actions, torch.cat([box, logp_following, logp_here]).movedim(0, 1)
+
+    def drawn_values(self, b: Batch, actions: Tensor) -> Tensor:
+        """Values [E, B, 3n] of the drawn `actions` [B, 3n, A], in the order of `candidates`."""
+        return self.q(b.obs, actions)
 
     def gap(self, b: Batch, q: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """C_j = E[T log sum_k exp((Q_j(s, a_k) - log mu(a_k)) / T) - Q_j(s, a)] of each critic, [E].
@@ -155,7 +174,7 @@ class CQL(Agent):
         """
         c = self.cfg
         actions, density = self.candidates(b, noise)
-        drawn = self.q(b.obs, actions)
+        drawn = self.drawn_values(b, actions)
         if c.penalty == "plain":
             drawn, density = torch.cat([drawn, q.unsqueeze(-1)], -1), density.new_zeros(())
         return conservative_gap(drawn, q, density, c.temperature, c.gap_floor).mean(-1)
@@ -178,15 +197,15 @@ class CQL(Agent):
 
     def cloning_loss(self, b: Batch, logp: Tensor) -> Tensor:
         """E[alpha log pi(a|s) - log pi(a_data|s)], data actions clipped to +-(1 - 1e-5): the policy's warm start."""
-        return (self.log_alpha.detach().exp() * logp - self.pi(b.obs).log_prob(b.action, eps=1e-5)).mean()
+        return (self.log_alpha.detach().exp() * logp - self.here(b).log_prob(b.action, eps=1e-5)).mean()
 
     def alpha_loss(self, logp: Tensor) -> Tensor:
         """-E[log alpha (log pi + target entropy)]: alpha rises while the entropy is below its target."""
         return -(self.log_alpha * (logp.detach() + self.target_entropy)).mean()
 
     def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards as they are (the place to transform them)."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Temperature, multiplier, critics, actor, lagged critics; the actor's gradient is that at the old critics."""
@@ -200,10 +219,10 @@ class CQL(Agent):
             else:
                 minimize(loss, opt)
 
-        action, logp = self.pi(b.obs).sample_log_prob(generator=self.rng["sample"])
+        action, logp = self.here(b).sample_log_prob(generator=self.rng["sample"])
         if c.learn_alpha:
             step(self.alpha_loss(logp), self.opt_alpha)
-        clone = self.counters["updates"] <= c.bc_steps
+        clone = self.counters["updates"] <= round(c.bc_share * c.updates_on_data)
         actor_loss = self.cloning_loss(b, logp) if clone else self.actor_loss(b, action, logp)
         later.append((self.opt_pi, gradients(actor_loss, self.opt_pi)))
         q = self.q(b.obs, b.action)

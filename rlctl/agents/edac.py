@@ -13,17 +13,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlctl.agents.sac import SACSettings
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import QEnsemble, TanhGaussianPolicy
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import SampledBackup, ensemble_diversity, sampled_backup
-from rlctl.train import Dataset, OfflineConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.train import OfflineRLConfig
+from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Spec, Widths
 
 
 @dataclass(frozen=True)
-class EDACConfig(OfflineConfig):
-    """Defaults: those of the paper, with the ensemble for HalfCheetah and Walker2d (Hopper: 50 critics)."""
+class EDACConfig(OfflineRLConfig, SACSettings):
+    """Defaults: those of the paper, with the ensemble for HalfCheetah and Walker2d (Hopper: 50 critics;
+    Adroit: reward standardise)."""
 
     steps: Count = 3_000_000
     """Gradient steps."""
@@ -33,30 +37,12 @@ class EDACConfig(OfflineConfig):
     """Weight of the critics' diversity (5 on medium-expert data); 0 is SAC-N."""
     hidden: Widths = (256, 256, 256)
     """Widths of the hidden layers of actor and critics."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """q_lagged <- q_lagged + tau (q - q_lagged) after each update."""
-    actor_lr: Positive = 3e-4
-    """Adam's learning rate of the policy."""
-    critic_lr: Positive = 3e-4
-    """Adam's learning rate of the critics."""
-    alpha_lr: Positive = 3e-4
-    """Adam's learning rate of log alpha."""
-    alpha: Positive = 1.0
-    """Temperature: the initial one, or the fixed one when learn_alpha is off."""
-    learn_alpha: bool = True
-    """Adjust the temperature to hold the policy's entropy at target_entropy."""
-    target_entropy: float | None = None
-    """Nats, of the density of actions in [-1, 1]; None takes -act_dim."""
     entropy_backup: bool = True
     """Count the successor's entropy in the backup."""
     backup: Literal["one"] | SampledBackup = "one"
     """Successor action: one draw, or the best of several by each critic (max-min) or by the smallest (min-max)."""
     backup_actions: Count = 10
     """Draws of max-min and min-max."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
 
 class EDAC(Agent):
@@ -77,6 +63,7 @@ class EDAC(Agent):
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=c.num_critics, small_last=3e-3)
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
         self.log_alpha = nn.Parameter(torch.tensor(c.alpha).log(), requires_grad=c.learn_alpha)
         self.target_entropy = -float(spec.act_dim) if c.target_entropy is None else c.target_entropy
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
@@ -85,7 +72,8 @@ class EDAC(Agent):
             self.opt_alpha = adam([self.log_alpha], c.alpha_lr)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -127,8 +115,8 @@ class EDAC(Agent):
         return -(self.log_alpha * (logp.detach() + self.target_entropy)).mean()
 
     def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards as they are (the place to transform them)."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Temperature, actor by the new temperature, critics by the new actor, lagged critics."""

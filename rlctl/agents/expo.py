@@ -55,8 +55,8 @@ class EXPOConfig(OffPolicyConfig):
     """Critic updates per update of base, edit and temperature."""
     data_share: Fraction = 0.5
     """With a dataset: part of each batch that comes from it."""
-    offline_updates: Annotated[int, Field(ge=0)] = 0
-    """With a dataset: updates of the base policy alone before the first environment step."""
+    offline_updates: Annotated[int, Field(ge=0)] | None = None
+    """With a dataset: updates of the base policy alone before the first environment step; null: none."""
     base: Literal["diffusion", "flow"] = "diffusion"
     """Kind of the base policy."""
     base_net: Literal["resnet", "mlp"] = "resnet"

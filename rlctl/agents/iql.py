@@ -4,8 +4,6 @@ Source: Kostrikov et al. 2022, arXiv:2110.06169, eqs. 5-7; official code github.
 whose order (V, policy, Q), orthogonal initialisation and tanh on the policy's mean are used.
 Differs: data actions are not clipped to +-(1 - 1e-5), as a plain Gaussian has a finite density everywhere; the actor's
 learning rate stops decaying once there are environment steps (the official fine-tuning runs have no decay at all).
-Rewards are taken as they are: the paper's results divide them by the range of the dataset's returns (MuJoCo) or
-subtract 1 (AntMaze).
 """
 
 from __future__ import annotations
@@ -18,17 +16,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardName, RewardTransform
 from rlctl.nets import DeterministicPolicy, GaussianPolicy, QEnsemble, ValueNet
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import awr_weight, expectile_loss
-from rlctl.train import Dataset, OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class IQLConfig(OfflineConfig):
-    """Defaults: those of the paper for MuJoCo (AntMaze: expectile 0.9, beta 10; Adroit, Kitchen: beta 0.5, dropout)."""
+class IQLConfig(OfflineRLConfig):
+    """Defaults: those of the paper for MuJoCo (AntMaze: expectile 0.9, beta 10, reward r-1; Adroit and
+    Kitchen: beta 0.5, dropout 0.1, reward none). beta is an inverse of the unit of rewards: the two belong together."""
 
     hidden: Widths = (256, 256)
     """Widths of the hidden layers of all networks."""
@@ -47,15 +48,18 @@ class IQLConfig(OfflineConfig):
     v_lr: Positive = 3e-4
     """Adam's learning rate of V."""
     anneal_actor_lr: bool = True
-    """Lower the actor's learning rate to 0 along a cosine over `steps`; constant once there are environment steps."""
+    """Lower the actor's learning rate to 0 along a cosine over the updates on the data; constant once there are
+    environment steps."""
     head: Literal["gaussian", "deterministic"] = "gaussian"
     """Policy: a Gaussian fitted by likelihood, or a deterministic one fitted by squared error."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the policy's hidden units silenced in each of its updates (0.1 for Adroit and Kitchen)."""
     exploration_noise: NonNegative = 0.1
     """Std of the noise on the actions of the deterministic head while exploring, in units of [-1, 1]."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
+    reward: RewardName = "return-range"
+    """Reward transform: none, return-range, standardise, or a formula like r-1 (see docs/data.md)."""
+    data_share: Fraction | None = None
+    """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
 class IQL(Agent):
@@ -86,12 +90,14 @@ class IQL(Agent):
         self.v = ValueNet(spec.obs_dim, c.hidden, orthogonal=gain)
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -132,15 +138,15 @@ class IQL(Agent):
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     def actor_lr(self) -> float:
-        """actor_lr (1 + cos(pi t / steps)) / 2 at update t from 0; with the decay off, or online, actor_lr itself."""
+        """actor_lr (1 + cos(pi t / T)) / 2 at update t of T from 0; with the decay off, or online, actor_lr itself."""
         c, t = self.cfg, self.counters["updates"]
-        if not c.anneal_actor_lr or self.counters["env_steps"] > 0:
+        if not c.anneal_actor_lr or self.counters["env_steps"] > 0 or c.updates_on_data == 0:
             return c.actor_lr
-        return c.actor_lr * 0.5 * (1 + math.cos(math.pi * min(t / c.steps, 1.0)))
+        return c.actor_lr * 0.5 * (1 + math.cos(math.pi * min(t / c.updates_on_data, 1.0)))
 
     def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards as they are (the place to transform them)."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """V, then the policy and the critics by the new V, then the lagged critics."""

@@ -2,9 +2,9 @@
 
 Source: Mao et al. 2024, arXiv:2402.00348; official code github.com/maoliyuan/ODICE-Pytorch.
 Differs: the defaults follow the official code. Its policy weight is max(y, 0), not the dual-exact max(y / 2 + 1, 0)
-(`policy_weight=dual`), and both are taken from the residuals y of BEFORE the value's step. Rewards are raw here; the
-official locomotion runs divide them by the range of returns / 1000. The conjugate has an absolute scale: with small
-rewards the values settle wherever the divergence puts them, and all weights of the policy can become 0.
+(`policy_weight=dual`), and both are taken from the residuals y of BEFORE the value's step. The
+conjugate has an absolute scale: with small rewards the values settle wherever the divergence puts them, and all weights
+of the policy can become 0; hence the reward transform of the official locomotion runs.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardName, RewardTransform
 from rlctl.nets import GaussianPolicy, VEnsemble
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
 from rlctl.ops.odice import Divergence, conjugate, dual_weight, orthogonal_sum
-from rlctl.train import Dataset, OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class ODICEConfig(OfflineConfig):
+class ODICEConfig(OfflineRLConfig):
     """Defaults: those of the official locomotion runs; lam and eta of single datasets are in the paper's appendix."""
 
     hidden: Widths = (1024, 1024)
@@ -59,8 +61,8 @@ class ODICEConfig(OfflineConfig):
     """Bound of that weight."""
     tanh_mean: bool = False
     """Keep the policy's mean within (-1, 1)."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
+    reward: RewardName = "return-range"
+    """Reward transform: none, return-range, standardise, or a formula (AntMaze: 3r-3; see docs/data.md)."""
 
 
 class ValueLosses(NamedTuple):
@@ -100,9 +102,11 @@ class ODICE(Agent):
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr, weight_decay=c.weight_decay)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 
@@ -151,10 +155,14 @@ class ODICE(Agent):
         """-E[w(y_f) log pi(a|s)], over transitions and values; `residual` [E, B]."""
         return -(self.weight(residual) * self.pi(b.obs).log_prob(b.action)).mean()
 
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
+
     def update(self, b: Batch) -> Metrics:
         """Values, lagged values, policy; the policy sees the residuals of before the values' step."""
         self.counters["updates"] += 1
-        b = b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        b = self.seen(b)
         losses = self.value_losses(b)
         projection = self.value_step(losses)
         polyak(self.v, self.v_lagged, self.cfg.tau)

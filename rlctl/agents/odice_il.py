@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 
 from rlctl.agents.odice import ODICE, ODICEConfig
+from rlctl.data.reward import RewardName
 from rlctl.errors import UsageError
 from rlctl.train import Job, offline
-from rlctl.types import Batch, Fraction, Metrics, NonNegative, Positive
+from rlctl.types import Batch, Fraction, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ODICEILConfig(ODICEConfig):
     """Weight of the dual term against 1 - lam of the plain value."""
     tanh_mean: bool = True
     """Keep the policy's mean within (-1, 1)."""
+    reward: RewardName = "none"
+    """Nothing to transform: rewards are not looked at."""
     normalize_obs: bool = True
     """z-score observations with the mean and std (+ 1e-3) of that one trajectory."""
 
@@ -59,7 +62,8 @@ class ODICEIL(ODICE):
     Config = ODICEILConfig
     cfg: ODICEILConfig
     schedule = imitate_one_trajectory
+    offline_only = "it imitates one trajectory and sees no reward"
 
-    def update(self, b: Batch) -> Metrics:
-        """ODICE's update on rewards of 0."""
-        return super().update(b._replace(reward=torch.zeros_like(b.reward)))
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards of 0."""
+        return super().seen(b)._replace(reward=torch.zeros_like(b.reward))

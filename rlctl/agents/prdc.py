@@ -4,7 +4,8 @@ Source: Ran et al. 2023, arXiv:2306.06569; official code github.com/LAMDA-RL/PRD
 Differs: as the official code, not the paper, the regulariser is the SQUARED error to the action of the nearest row,
 averaged over batch and action dimensions (the paper: the distance itself, whose part in the states has no gradient in
 the policy anyway). Nearest neighbours are exact; the official code asks a float64 tree with all processors, ours
-chooses by device. The official parser's beta of 1 is nowhere used: the default here is the 2 of its locomotion runs.
+chooses by device. Online, the set that the policy is held near stays the dataset. The official parser's beta of 1 is
+nowhere used: the default here is the 2 of its locomotion runs.
 """
 
 from __future__ import annotations
@@ -14,37 +15,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.agents.td3 import TD3Settings
+from rlctl.data.dataset import Dataset
 from rlctl.data.neighbours import Method, Neighbours, neighbours
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.td3 import clipped_double_backup, scaled_value_loss, smoothed
-from rlctl.train import Dataset, OfflineConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
+from rlctl.train import OfflineRLConfig
+from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Spec
 
 
 @dataclass(frozen=True)
-class PRDCConfig(OfflineConfig):
-    """Defaults: those for Hopper and Walker2d. HalfCheetah takes alpha 40, AntMaze alpha 7.5 and beta 7.5."""
+class PRDCConfig(OfflineRLConfig, TD3Settings):
+    """Defaults: those for Hopper and Walker2d. HalfCheetah takes alpha 40, AntMaze alpha 7.5, beta 7.5 and
+    reward 10000r-1."""
 
-    hidden: Widths = (256, 256)
-    """Widths of the hidden layers of actor and critics."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """Lagged networks move by tau towards the online ones at each actor step."""
-    actor_lr: Positive = 3e-4
-    """Adam's learning rate of the actor."""
-    critic_lr: Positive = 3e-4
-    """Adam's learning rate of the critics."""
-    policy_noise: NonNegative = 0.2
-    """Std of the Gaussian that smooths the action in the backup."""
-    noise_clip: Positive = 0.5
-    """Bound of that smoothing noise."""
-    policy_every: Count = 2
-    """Critic updates per actor update."""
-    exploration_noise: NonNegative = 0.1
-    """Std of the Gaussian added to the action in a stochastic evaluation."""
     alpha: NonNegative = 2.5
     """Weight of the value term against the regulariser, after normalising Q by its mean magnitude."""
     beta: NonNegative = 2.0
@@ -53,8 +40,9 @@ class PRDCConfig(OfflineConfig):
     k: Count = 1
     """Which neighbour the policy is drawn to: the k-th nearest, alone (all published settings take the first)."""
     neighbours: Method = "auto"
-    """Search: tree (KD-tree on the host), matrix (all distances, on the device), or auto: the tree on a CPU if
-    observation and action have 64 numbers or fewer, else the matrix."""
+    """Search, exact in any case: tree (KD-tree on the host), shortlist (first the rows of near states, then the tree),
+    matrix (all distances, on the device), or auto: shortlist on a CPU if observation and action have 64 numbers or
+    fewer, else the matrix."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
@@ -78,6 +66,7 @@ class PRDC(Agent):
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(c.reward)
         self.index: Neighbours | None = None
         self.data_action: Tensor | None = None
 
@@ -87,50 +76,59 @@ class PRDC(Agent):
 
     @torch.no_grad()
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, then index its pairs of z-scored state and action."""
+        """Take the statistics of the dataset, then index its pairs of z-scored state and action."""
+        self.reward.fit(data)
         rows = data.whole()
         if self.cfg.normalize_obs:
             self.obs_norm.fit(rows.obs)
-        self.index = neighbours(self.key(self.obs_norm(rows.obs), rows.action), self.cfg.neighbours)
+        table = self.key(self.obs_norm(rows.obs), rows.action)
+        self.index = neighbours(table, self.cfg.neighbours, self.spec.obs_dim)
+        data.require("row")
         self.data_action = rows.action
         self.host_reads = self.index.host_reads
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
+        """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`.
+
+        Stored beside it: that the observation is of no row of the dataset.
+        """
         action = self.pi(self.obs_norm(obs))
-        if explore:
-            noise = torch.randn(action.shape, generator=self.rng["action"], device=action.device)
-            action = (action + self.cfg.exploration_noise * noise).clamp(-1, 1)
-        return action, {}
+        elsewhere = torch.full(obs.shape[:-1], -1, dtype=torch.int64, device=obs.device)
+        action = perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action
+        return action, {"row": elsewhere}
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~): TD3's."""
         c = self.cfg
         with torch.no_grad():
-            action = self.pi_lagged(b.next_obs)
-            if noise is None:
-                noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)
-            q_next = self.q_lagged(b.next_obs, smoothed(action, noise, c.policy_noise, c.noise_clip))
-            backup = clipped_double_backup(b.reward, b.terminated, q_next, c.gamma)
+            action = smoothed(self.pi_lagged(b.next_obs), noise, c.policy_noise, c.noise_clip, self.rng["sample"])
+            backup = clipped_double_backup(b.reward, b.terminated, self.q_lagged(b.next_obs, action), c.gamma)
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     @torch.no_grad()
-    def nearest_action(self, obs: Tensor, action: Tensor) -> Tensor:
-        """The action [B, A] of the dataset's row nearest to (s, a), s z-scored."""
+    def nearest_action(self, obs: Tensor, action: Tensor, row: Tensor | None = None) -> Tensor:
+        """The action [B, A] of the dataset's row nearest to (s, a), s z-scored; `row` [B] is whose state s is, or -1.
+
+        Who does not know the row gets the same answer, later.
+        """
         if self.index is None or self.data_action is None:
             raise RuntimeError("PRDC has no data to look up neighbours in: call prepare(dataset) before update")
-        return self.data_action.index_select(0, self.index.nearest(self.key(obs, action), self.cfg.k))
+        return self.data_action.index_select(0, self.index.nearest(self.key(obs, action), self.cfg.k, row))
 
     def actor_loss(self, b: Batch) -> Tensor:
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a_nn)^2],  lambda = alpha / E|Q_1|; a_nn has no gradient."""
         action = self.pi(b.obs)
-        regulariser = (action - self.nearest_action(b.obs, action)).square().mean()
+        regulariser = (action - self.nearest_action(b.obs, action, b.extra.get("row"))).square().mean()
         return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + regulariser
 
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
+
     def update(self, b: Batch) -> Metrics:
-        """Critics; every `policy_every`-th time the actor and then all lagged networks. On z-scored observations."""
+        """Critics; every `policy_every`-th time the actor and then all lagged networks."""
         self.counters["updates"] += 1
-        b = b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs))
+        b = self.seen(b)
         metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
         if self.counters["updates"] % self.cfg.policy_every == 0:
             metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from rlctl.nets import QEnsemble, TanhGaussianPolicy
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Fraction, Metrics, Positive, Spec, Widths
+from rlctl.types import Agent, AgentConfig, Batch, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class SACConfig(OffPolicyConfig):
-    """Defaults: those of the field (two critics of 256-256, one update per step, learned temperature)."""
+class SACSettings(AgentConfig):
+    """What soft actor-critics share, the offline ones included."""
 
     hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
@@ -34,12 +34,17 @@ class SACConfig(OffPolicyConfig):
     """Adam's learning rate of the critics."""
     alpha_lr: Positive = 3e-4
     """Adam's learning rate of log alpha."""
-    alpha: float = 1.0
+    alpha: Positive = 1.0
     """Temperature: the initial one, or the fixed one when learn_alpha is off."""
     learn_alpha: bool = True
     """Adjust the temperature to hold the policy's entropy at target_entropy."""
     target_entropy: float | None = None
     """Nats, of the density of actions in [-1, 1]; None takes -act_dim."""
+
+
+@dataclass(frozen=True)
+class SACConfig(OffPolicyConfig, SACSettings):
+    """Defaults: those of the field (two critics of 256-256, one update per step, learned temperature)."""
 
 
 class SAC(Agent):

@@ -16,17 +16,15 @@ from torch import Tensor
 
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.td3 import clipped_double_backup, smoothed
+from rlctl.ops.td3 import clipped_double_backup, perturbed, smoothed
 from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Regime, Spec, Widths
+from rlctl.types import Agent, AgentConfig, Batch, Count, Fraction, Metrics, NonNegative, Positive, Regime, Spec, Widths
 
 
 @dataclass(frozen=True)
-class TD3Config(OffPolicyConfig):
-    """Defaults: those of the authors' current code."""
+class TD3Settings(AgentConfig):
+    """What TD3 shares with the offline learners on its backbone. Defaults: those of its authors' current code."""
 
-    learning_starts: Annotated[int, Field(ge=0)] = 25_000
-    """Environment steps of uniform random actions before learning starts."""
     hidden: Widths = (256, 256)
     """Widths of the hidden layers of actor and critics."""
     gamma: Fraction = 0.99
@@ -38,13 +36,21 @@ class TD3Config(OffPolicyConfig):
     critic_lr: Positive = 3e-4
     """Adam's learning rate of the critics."""
     exploration_noise: NonNegative = 0.1
-    """Std of the Gaussian added to the action while collecting, in units of [-1, 1]."""
+    """Std of the Gaussian added to the action where the agent explores, in units of [-1, 1]."""
     policy_noise: NonNegative = 0.2
     """Std of the Gaussian that smooths the action in the backup."""
     noise_clip: Positive = 0.5
     """Bound of that smoothing noise."""
     policy_every: Count = 2
     """Critic updates per actor update."""
+
+
+@dataclass(frozen=True)
+class TD3Config(OffPolicyConfig, TD3Settings):
+    """Defaults: those of the authors' current code."""
+
+    learning_starts: Annotated[int, Field(ge=0)] = 25_000
+    """Environment steps of uniform random actions before learning starts."""
 
 
 class TD3(Agent):
@@ -66,17 +72,12 @@ class TD3(Agent):
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """pi(s), with Gaussian noise (clipped to the action range) while exploring."""
         action = self.pi(obs)
-        if explore:
-            noise = torch.randn(action.shape, generator=self.rng["action"], device=action.device)
-            action = (action + self.cfg.exploration_noise * noise).clamp(-1, 1)
-        return action, {}
+        return (perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action), {}
 
     def smoothed_action(self, next_obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """The action of the backup: clip(pi_lagged(s') + clip(policy_noise * noise)), noise [B, A] standard normal."""
-        action = self.pi_lagged(next_obs)
-        if noise is None:
-            noise = torch.randn(action.shape, generator=self.rng["sample"], device=action.device)
-        return smoothed(action, noise, self.cfg.policy_noise, self.cfg.noise_clip)
+        action, c = self.pi_lagged(next_obs), self.cfg
+        return smoothed(action, noise, c.policy_noise, c.noise_clip, self.rng["sample"])
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~)."""

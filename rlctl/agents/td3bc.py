@@ -9,58 +9,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from rlctl.agents.td3 import TD3
+from rlctl.agents.td3 import TD3Settings
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.data.reward import RewardTransform
+from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.nets.normalizer import FixedNorm
-from rlctl.ops.td3 import scaled_value_loss
-from rlctl.train import OfflineConfig
-from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.ops import adam, frozen_copy, minimize, polyak
+from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
+from rlctl.train import OfflineRLConfig
+from rlctl.types import Agent, Batch, Metrics, NonNegative, Spec
 
 
 @dataclass(frozen=True)
-class TD3BCConfig(OfflineConfig):
+class TD3BCConfig(OfflineRLConfig, TD3Settings):
     """Defaults: the one set the paper uses for every dataset."""
 
-    hidden: Widths = (256, 256)
-    """Widths of the hidden layers of actor and critics."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """Lagged networks move by tau towards the online ones at each actor step."""
-    actor_lr: Positive = 3e-4
-    """Adam's learning rate of the actor."""
-    critic_lr: Positive = 3e-4
-    """Adam's learning rate of the critics."""
-    policy_noise: NonNegative = 0.2
-    """Std of the Gaussian that smooths the action in the backup."""
-    noise_clip: Positive = 0.5
-    """Bound of that smoothing noise."""
-    policy_every: Count = 2
-    """Critic updates per actor update."""
-    exploration_noise: NonNegative = 0.1
-    """Std of the Gaussian added to the action in a stochastic evaluation."""
-    alpha: float = 2.5
+    alpha: NonNegative = 2.5
     """Weight of the value term against cloning, after normalising Q by its mean magnitude; 0 is pure cloning."""
     normalize_obs: bool = True
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like 10r-5 (see docs/data.md)."""
 
 
-class TD3BC(TD3):
-    """TD3 with lambda Q + cloning as the actor's objective and z-scored observations."""
+class TD3BC(Agent):
+    """Twin critics, deterministic actor with lambda Q + cloning, z-scored observations."""
 
     regime = "offline"
     Config = TD3BCConfig
-    cfg: TD3BCConfig  # type: ignore[assignment]  # TD3's fields without those of collecting
+    cfg: TD3BCConfig
 
     def __init__(self, spec: Spec, cfg: TD3BCConfig | None = None) -> None:
-        super().__init__(spec, cfg)  # type: ignore[arg-type]
+        super().__init__(spec, cfg)
+        c = self.cfg
+        self.pi = DeterministicPolicy(spec.obs_dim, spec.act_dim, c.hidden)
+        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
+        self.pi_lagged, self.q_lagged = frozen_copy(self.pi), frozen_copy(self.q)
+        self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
+        self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(self.cfg.reward)
+        self.reward = RewardTransform(c.reward)
 
     def prepare(self, data: Dataset) -> None:
         """Take the observation statistics of the dataset, and what the reward transform needs."""
@@ -69,8 +58,17 @@ class TD3BC(TD3):
             self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """pi(z-scored s)."""
-        return super().act(self.obs_norm(obs), explore)
+        """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
+        action = self.pi(self.obs_norm(obs))
+        return (perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action), {}
+
+    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+        """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~): TD3's."""
+        c = self.cfg
+        with torch.no_grad():
+            action = smoothed(self.pi_lagged(b.next_obs), noise, c.policy_noise, c.noise_clip, self.rng["sample"])
+            backup = clipped_double_backup(b.reward, b.terminated, self.q_lagged(b.next_obs, action), c.gamma)
+        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
 
     def actor_loss(self, b: Batch) -> Tensor:
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a)^2],  lambda = alpha / E|Q_1(s, pi(s))| (no gradient)."""
@@ -78,7 +76,17 @@ class TD3BC(TD3):
         q = self.q(b.obs, action)[0]
         return scaled_value_loss(q, self.cfg.alpha) + (action - b.action).square().mean()
 
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
+
     def update(self, b: Batch) -> Metrics:
-        """TD3's update on z-scored observations and transformed rewards."""
-        obs, next_obs = self.obs_norm(b.obs), self.obs_norm(b.next_obs)
-        return super().update(b._replace(obs=obs, next_obs=next_obs, reward=self.reward(b.reward)))
+        """Critics; every `policy_every`-th time the actor and then all lagged networks."""
+        self.counters["updates"] += 1
+        b = self.seen(b)
+        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
+        if self.counters["updates"] % self.cfg.policy_every == 0:
+            metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)
+            polyak(self.q, self.q_lagged, self.cfg.tau)
+            polyak(self.pi, self.pi_lagged, self.cfg.tau)
+        return metrics

@@ -37,6 +37,14 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Length of the run: environment steps, or gradient steps offline.")
     ] = None,
+    offline_updates: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of an offline learner that goes on in an environment: gradient steps on the data alone, "
+            "before --steps environment steps.",
+        ),
+    ] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Worlds simulated side by side.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Root of every random stream of the run.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -66,6 +74,8 @@ def train(
 
       rlctl train --algo td3bc --data mujoco/hopper/medium-v0
 
+      rlctl train --algo iql --data mujoco/hopper/medium-v0 --env Hopper --offline-updates 100000 --steps 50000
+
       rlctl train --algo my_pkg.my_file:MyAgent --env Pendulum-v1
     """
     from rlctl import experiment  # torch takes a second to import: --help must not wait for it
@@ -73,7 +83,7 @@ def train(
 
     flags: dict[str, Any] = {"algo": algo, "env": env, "data": data, "seed": seed, "device": device}
     flags = {k: v for k, v in flags.items() if v is not None}
-    sizes = {"steps": steps, "num_envs": num_envs}
+    sizes = {"steps": steps, "num_envs": num_envs, "offline_updates": offline_updates}
     flags["agent"] = {k: v for k, v in sizes.items() if v is not None}
     layers = [experiment.load_yaml(config)] if config is not None else []
     settings = experiment.resolve(algo, [*layers, parse_overrides(set_ or []), flags])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,23 @@ from rlctl.types import Batch
 if TYPE_CHECKING:
     from rlctl.data.reward import RewardTransform
 
-NAMES = ("timestep", "next_action", "episode_return", "mc_return")
+NAMES = ("timestep", "next_action", "episode_return", "mc_return", "row")
+OF_A_DATASET = {"row"}
+"""Columns that episodes of an environment do not have."""
+
+
+class Request(NamedTuple):
+    """What a learner asked of its dataset, to be asked of later episodes too; see `Dataset.require`."""
+
+    names: tuple[str, ...]
+    gamma: float | None = None
+    reward: RewardTransform | None = None
+    extend_truncated: bool = False
+
+    def compute(self, rows: Batch, ends: Tensor) -> dict[str, Tensor]:
+        """The columns of whole episodes."""
+        names, gamma, reward, extend_truncated = self
+        return compute(names, rows, ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated)
 
 
 def compute(
@@ -39,6 +55,8 @@ def compute(
             out[name], out["has_next_action"] = next_action(rows.action, ends)
         elif name == "episode_return":
             out[name] = episode_return(rows.reward, ends)
+        elif name == "row":
+            out[name] = torch.arange(len(rows.reward), device=rows.reward.device)
         elif name == "mc_return":
             if gamma is None:
                 raise ValueError("mc_return needs gamma, the learner's discount per step")
@@ -49,6 +67,13 @@ def compute(
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(NAMES)}"
             raise ValueError(f"no column '{name}': {hint}")
     return out
+
+
+def column(b: Batch, name: str) -> Tensor:
+    """The column `name` of a batch; ValueError for a batch of data that nobody asked for it."""
+    if name not in b.extra:
+        raise ValueError(f"this batch has no column '{name}': call prepare(dataset) of the agent before its update")
+    return b.extra[name]
 
 
 def lengths(ends: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class Dataset:
         """Which pairs it holds, see `rlctl.data.arrays`."""
         self.origin = origin or Origin(id, "memory", env_id)
         """Where it comes from: format, the task's options, metadata."""
+        self.requests: dict[tuple[str, ...], columns.Request] = {}
+        """What `require` was asked for: the rows of an environment that join this data need the same."""
         self.share = 1.0
         """Share of its source's episodes that it holds, the best ones (`best_episodes`)."""
         self.seed = seed
@@ -123,14 +125,15 @@ class Dataset:
         """Add columns to `extra` of every batch, and return self; one that is there already is computed anew.
 
         `names` are of `rlctl.data.columns`: `timestep`, `next_action` (brings `has_next_action`), `episode_return`,
-        `mc_return`. `mc_return` needs `gamma`, and takes the same `reward` transform the learner's critic sees;
-        `extend_truncated` lets an episode that was cut go on for ever with its last reward. An agent calls this in its
-        `prepare`. ValueError for an unknown name or a missing `gamma`.
+        `mc_return`, `row` (the place in this dataset). `mc_return` needs `gamma`, and takes the same `reward` transform
+        the learner's critic sees; `extend_truncated` lets an episode that was cut go on for ever with its last reward.
+        An agent calls this in its `prepare`. ValueError for an unknown name or a missing `gamma`.
         """
-        added = columns.compute(
-            names, self.rows, self.episode_ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated
-        )
+        request = columns.Request(names, gamma, reward, extend_truncated)
+        added = request.compute(self.rows, self.episode_ends)
         self.rows = self.rows._replace(extra={**self.rows.extra, **added})
+        if later := tuple(n for n in names if n not in columns.OF_A_DATASET):
+            self.requests[later] = request._replace(names=later)
         return self
 
     def record(self) -> dict[str, Any]:

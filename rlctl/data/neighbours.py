@@ -1,8 +1,9 @@
 """Exact nearest neighbours in a table of rows, behind one method: `nearest(query, k) -> index of the k-th nearest`.
 
-Two ways to the same answer. `Tree` asks a KD-tree on the host, which visits a small part of the rows. `Matrix` computes
-every distance in chunks without leaving the device: nothing is read on the host, and the work grows with the table.
-Which one is faster is measured by `benchmarks/speed/prdc.py`; what was measured is in benchmarks/README.md.
+Three ways to the same answer. `Tree` asks a KD-tree on the host, which visits a small part of the rows. `Shortlist`
+looks first into a list of rows known to be near, and asks the tree where that does not settle the matter. `Matrix`
+computes every distance in chunks without leaving the device: nothing is read on the host, and the work grows with the
+table. Which is faster is measured by `benchmarks/speed/prdc.py`; what was measured is in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-Method = Literal["auto", "tree", "matrix"]
+Method = Literal["auto", "shortlist", "tree", "matrix"]
 
 
 class Neighbours(Protocol):
@@ -22,10 +23,11 @@ class Neighbours(Protocol):
     host_reads: str
     """Why a query leaves the device; empty if it does not."""
 
-    def nearest(self, query: Tensor, k: int = 1) -> Tensor:
+    def nearest(self, query: Tensor, k: int = 1, row: Tensor | None = None) -> Tensor:
         """Index [B] int64 of the row that is the `k`-th nearest (1: the nearest) to each `query` [B, D].
 
-        Distances are Euclidean, compared in float64. Of rows equally near, any one.
+        Distances are Euclidean, compared in float64. Of rows equally near, any one. `row` [B] int64 says which row of
+        the table has the same state part as the query, -1 for none: a hint that changes no answer.
         """
 
 
@@ -40,11 +42,65 @@ class Tree:
     def __init__(self, rows: Tensor) -> None:
         self.tree = cKDTree(rows.double().cpu().numpy(), leafsize=32, balanced_tree=False)
 
-    def nearest(self, query: Tensor, k: int = 1) -> Tensor:
+    def nearest(self, query: Tensor, k: int = 1, row: Tensor | None = None) -> Tensor:
         """See `Neighbours`."""
         _check(query, k, self.tree.n, self.tree.m)
         _, index = self.tree.query(query.detach().double().cpu().numpy(), [k], workers=torch.get_num_threads())
         return torch.from_numpy(index[:, 0]).to(query.device)
+
+
+class Shortlist:
+    """For queries (the state of a row, any action): first among the rows whose states are nearest to that one.
+
+    The `size` nearest states of a row are found once, when it is first asked for, by a tree over states alone. The
+    squared distance to a listed row is that of the states, which is kept, plus that of the actions. A row outside of
+    the list is no nearer than the farthest listed state: where the best listed row is within that distance, it is the
+    nearest of all. The other queries, and those without a row, go to a tree over whole rows.
+    """
+
+    host_reads = Tree.host_reads
+
+    def __init__(self, rows: Tensor, state_dim: int, size: int = 32) -> None:
+        """Index `rows` [M, D], of which the first `state_dim` numbers are the state."""
+        self.whole = Tree(rows)
+        wide = rows.double()
+        self.states, self.actions = wide[:, :state_dim].contiguous(), wide[:, state_dim:].contiguous()
+        self.size = min(size, len(rows))
+        self.by_state = Tree(self.states)
+        self.listed = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        self.near = torch.empty(len(rows), self.size, dtype=torch.int32, device=rows.device)
+        self.square = torch.empty(len(rows), self.size, dtype=torch.float64, device=rows.device)
+
+    def nearest(self, query: Tensor, k: int = 1, row: Tensor | None = None) -> Tensor:
+        """See `Neighbours`."""
+        if row is None or k > self.size:
+            return self.whole.nearest(query, k)
+        _check(query, k, self.whole.tree.n, self.whole.tree.m)
+        known = row.clamp(min=0)
+        self.fill(known)
+        near, square = self.near[known].long(), self.square[known]
+        action = query.detach().double()[:, self.states.shape[-1] :]
+        best, at = _smallest(square + (self.actions[near] - action.unsqueeze(1)).square().sum(-1), k)
+        found = near.gather(-1, at)[:, k - 1]
+        settled = best[:, k - 1] <= square[:, -1]
+        if self.size == self.whole.tree.n:
+            settled = torch.ones_like(settled)
+        asked = (~settled | (row < 0)).nonzero()[:, 0]
+        if len(asked):
+            found[asked] = self.whole.nearest(query[asked], k)
+        return found
+
+    def fill(self, row: Tensor) -> None:
+        """Make the lists of `row` [B] int64, where they are missing."""
+        missing = torch.unique(row[~self.listed[row]])
+        if len(missing):
+            distance, near = self.by_state.tree.query(
+                self.states[missing].cpu().numpy(), self.size, workers=torch.get_num_threads()
+            )
+            shape = (len(missing), self.size)  # a list of one comes without its axis
+            self.near[missing] = torch.from_numpy(near.reshape(shape)).to(self.near)
+            self.square[missing] = torch.from_numpy(distance.reshape(shape)).to(self.square).square()
+            self.listed[missing] = True
 
 
 class Matrix:
@@ -61,7 +117,7 @@ class Matrix:
         self.rows = torch.cat([wide, wide.square().sum(-1, keepdim=True)], -1)  # [M, D + 1]
         self.chunk = chunk or (1 << 16 if rows.is_cuda else 1 << 13)  # on a CPU a chunk's distances stay in the cache
 
-    def nearest(self, query: Tensor, k: int = 1) -> Tensor:
+    def nearest(self, query: Tensor, k: int = 1, row: Tensor | None = None) -> Tensor:
         """See `Neighbours`."""
         _check(query, k, len(self.rows), self.rows.shape[1] - 1)
         wide = query.detach().double()
@@ -80,10 +136,18 @@ TREE_DIMS = 64
 the same or less at 23, 1.4 to 10 times as much at 113 and 365, where it ends up visiting most rows."""
 
 
-def neighbours(rows: Tensor, method: Method = "auto") -> Neighbours:
-    """An index of `rows` [M, D]: as named, or (`auto`) the tree on a CPU if D is at most 64, else the matrix."""
+def neighbours(rows: Tensor, method: Method = "auto", state_dim: int | None = None) -> Neighbours:
+    """An index of `rows` [M, D]: as named, or (`auto`) by tree on a CPU if D is at most 64, else the matrix.
+
+    Where `state_dim` says how many of the D numbers are the state, `auto` puts the short lists before the tree.
+    """
     if method == "auto":
-        method = "tree" if rows.device.type == "cpu" and rows.shape[-1] <= TREE_DIMS else "matrix"
+        small = rows.device.type == "cpu" and rows.shape[-1] <= TREE_DIMS
+        method = "matrix" if not small else "tree" if state_dim is None else "shortlist"
+    if method == "shortlist":
+        if state_dim is None:
+            raise ValueError("a short list is of states: say how many of the numbers of a row they are (state_dim)")
+        return Shortlist(rows, state_dim)
     return Tree(rows) if method == "tree" else Matrix(rows)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -150,6 +151,9 @@ class Source(Protocol):
     def sample(self, n: int) -> Batch:
         """`n` transitions, `[n, ...]`."""
 
+    def whole(self) -> Batch:
+        """All of them."""
+
 
 @runtime_checkable
 class SavesItself(Protocol):
@@ -165,36 +169,54 @@ class SavesItself(Protocol):
 class Mix:
     """Two sources as one: a batch takes `share` of its rows from `fixed` (a dataset), the rest from `ring`.
 
-    New transitions go to `ring`. With `share` 0.5 and 256 rows this is the symmetric sampling of offline-to-online
-    learning (Ball et al. 2023, arXiv:2302.02948). Rows of the two are not shuffled: losses are means over rows.
+    New transitions go to `ring`; while it is empty everything comes from `fixed`. With `share` 0.5 and 256 rows this is
+    the symmetric sampling of offline-to-online learning (Ball et al. 2023, arXiv:2302.02948). With None each row is
+    drawn from all transitions of both, as from one buffer that was filled with the data first. Rows of the two are not
+    shuffled: losses are means over rows.
     """
 
-    def __init__(self, fixed: Source, ring: Ring, share: float) -> None:
-        if not 0.0 <= share <= 1.0:
+    def __init__(self, fixed: Source, ring: Ring, share: float | None) -> None:
+        if share is not None and not 0.0 <= share <= 1.0:
             raise ValueError(f"share is the part of a batch taken from the fixed source, in [0, 1]; got {share}")
         self.fixed, self.ring, self.share = fixed, ring, share
 
     def __len__(self) -> int:
         return len(self.ring)
 
+    @property
+    def holds(self) -> tuple[object, ...]:
+        """What it saves and loads along with itself."""
+        return self.fixed, self.ring
+
     def add(self, batch: Batch) -> None:
         """Append to the ring."""
         self.ring.add(batch)
 
     def sample(self, n: int) -> Batch:
-        """`round(share * n)` rows of the fixed source, then the rest from the ring."""
+        """`round(share * n)` rows of the fixed source, then the rest from the ring; or `n` of both alike."""
+        if len(self.ring) == 0:
+            return self.fixed.sample(n)
+        if self.share is None:
+            return self._sample_alike(n)
         k = round(self.share * n)
         if k == 0:
             return self.ring.sample(n)
         if k == n:
             return self.fixed.sample(n)
-        a, b = self.fixed.sample(k), self.ring.sample(n - k)
-        if a.extra.keys() != b.extra.keys():
-            raise ValueError(
-                f"the two sources carry different extras, {sorted(a.extra)} and {sorted(b.extra)}: give both the same"
-            )
-        core = [torch.cat([x, y]) for x, y in zip(a[:6], b[:6], strict=True)]
-        return Batch._make([*core, {name: torch.cat([a.extra[name], b.extra[name]]) for name in a.extra}])
+        return _joined(self.fixed.sample(k), self.ring.sample(n - k), lambda x, y: torch.cat([x, y]))
+
+    def _sample_alike(self, n: int) -> Batch:
+        """Uniformly from both tables, by the ring's generator; nothing is read on the host."""
+        a, b = self.fixed.whole(), self.ring.whole()
+        held = len(a.reward)
+        index = torch.randint(held + len(b.reward), (n,), generator=self.ring.rng, device=self.ring.device)
+        left, right = index.clamp(max=held - 1), (index - held).clamp(min=0)
+        of_data = index < held
+
+        def pick(x: Tensor, y: Tensor) -> Tensor:
+            return torch.where(of_data.view(-1, *[1] * (x.dim() - 1)), x, y)
+
+        return _joined(a.map(lambda x: x.index_select(0, left)), b.map(lambda x: x.index_select(0, right)), pick)
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Checkpoint both sources (a dataset writes only its generator and fingerprint)."""
@@ -208,6 +230,16 @@ class Mix:
         for name, source in (("ring", self.ring), ("fixed", self.fixed)):
             if isinstance(source, SavesItself):
                 source.load(folder / name)
+
+
+def _joined(a: Batch, b: Batch, how: Callable[[Tensor, Tensor], Tensor]) -> Batch:
+    """`how` of every tensor of `a` and its counterpart of `b`."""
+    if a.extra.keys() != b.extra.keys():
+        raise ValueError(
+            f"the two sources carry different extras, {sorted(a.extra)} and {sorted(b.extra)}: give both the same"
+        )
+    core = [how(x, y) for x, y in zip(a[:6], b[:6], strict=True)]
+    return Batch._make([*core, {name: how(a.extra[name], b.extra[name]) for name in a.extra}])
 
 
 def planned_bytes(spec: Spec, capacity: int) -> int:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rlctl.nets.mlp import MLP, Activation, mlp
+from rlctl.nets.mlp import MLP, Activation, Norm, mlp
 
 
 class ValueNet(nn.Module):
@@ -61,14 +61,23 @@ class QEnsemble(nn.Module):
         num: int = 2,
         activation: Activation = "relu",
         *,
-        layer_norm: bool = False,
+        layer_norm: Norm = False,
         orthogonal: float | None = None,
         small_last: float | None = None,
+        last_variance: float | None = None,
     ) -> None:
         super().__init__()
-        width = obs_dim + act_dim
         self.members = nn.ModuleList(
-            mlp(width, 1, hidden, activation, layer_norm=layer_norm, orthogonal=orthogonal, small_last=small_last)
+            mlp(
+                obs_dim + act_dim,
+                1,
+                hidden,
+                activation,
+                layer_norm=layer_norm,
+                orthogonal=orthogonal,
+                small_last=small_last,
+                last_variance=last_variance,
+            )
             for _ in range(num)
         )
 

@@ -12,6 +12,8 @@ from rlctl.ops.dense import FusedActivation, dense
 from rlctl.ops.matmul import linear
 
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu", "mish"]
+Norm = bool | Literal["after"]
+"""LayerNorm in hidden layers: none, before the activation, or after it."""
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -83,23 +85,27 @@ def mlp(
     hidden: Sequence[int],
     activation: Activation = "relu",
     *,
-    layer_norm: bool = False,
+    layer_norm: Norm = False,
     orthogonal: float | None = None,
     small_last: float | None = None,
+    last_variance: float | None = None,
 ) -> MLP:
     """`in_dim -> hidden... -> out_dim`, linear last layer.
 
-    `layer_norm` puts a LayerNorm before each activation. Initialisation is PyTorch's default (uniform within
-    1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g` in the last, and
-    biases are zero; with `small_last=u` all of the last layer is uniform within +-u and hidden biases are 0.1.
+    `layer_norm` puts a LayerNorm before each activation ("after": after it). Initialisation is PyTorch's default
+    (uniform within 1/sqrt(fan_in)); with `orthogonal=g` weights are orthogonal, gain sqrt(2) in hidden layers and `g`
+    in the last, and biases are zero; with `small_last=u` all of the last layer is uniform within +-u and hidden biases
+    are 0.1; with `last_variance=v` the last layer's weights are uniform with variance v / fan_in, its biases zero.
     """
     net = MLP()
     width = in_dim
     for k, h in enumerate(hidden):
         net.add_module(f"hidden{k}", Linear(width, h))
-        if layer_norm:
+        if layer_norm is True:
             net.add_module(f"norm{k}", nn.LayerNorm(h))
         net.add_module(f"act{k}", ACTIVATIONS[activation]())
+        if layer_norm == "after":
+            net.add_module(f"norm{k}", nn.LayerNorm(h))
         width = h
     net.add_module("out", Linear(width, out_dim))
     if orthogonal is not None:
@@ -113,6 +119,12 @@ def mlp(
             nn.init.constant_(m.bias, 0.1)
         nn.init.uniform_(linears[-1].weight, -small_last, small_last)
         nn.init.uniform_(linears[-1].bias, -small_last, small_last)
+    if last_variance is not None:
+        last = net[-1]
+        assert isinstance(last, nn.Linear)
+        bound = (3 * last_variance / last.in_features) ** 0.5
+        nn.init.uniform_(last.weight, -bound, bound)
+        nn.init.zeros_(last.bias)
     if not layer_norm and (activation == "relu" or activation == "tanh"):
         net.fused = activation
     return net

@@ -123,7 +123,10 @@ class GaussianPolicy(Policy):
 
 
 class TanhGaussianPolicy(Policy):
-    """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to `log_std_bounds`."""
+    """Squashed Gaussian whose mean and log-std come from one MLP; log-std is clamped to `log_std_bounds`.
+
+    `log_std_offset` is added to the network's log-std, so that a small last layer starts with that spread.
+    """
 
     can = frozenset({"sample", "reparam", "log_prob", "kl", "mode", "decode", "matching_loss"})
 
@@ -135,16 +138,20 @@ class TanhGaussianPolicy(Policy):
         activation: Activation = "relu",
         *,
         log_std_bounds: tuple[float, float] = (-20.0, 2.0),
+        log_std_offset: float = 0.0,
         small_last: float | None = None,
+        last_variance: float | None = None,
     ) -> None:
         super().__init__()
         self.noise_shape = (act_dim,)
-        self.net = mlp(obs_dim, 2 * act_dim, hidden, activation, small_last=small_last)
-        self.log_std_bounds = log_std_bounds
+        self.net = mlp(obs_dim, 2 * act_dim, hidden, activation, small_last=small_last, last_variance=last_variance)
+        self.log_std_bounds, self.log_std_offset = log_std_bounds, log_std_offset
 
     def forward(self, obs: Tensor) -> TanhNormal:
         """The distribution at `obs` [..., O]."""
         mean, log_std = self.net(obs).chunk(2, -1)
+        if self.log_std_offset:
+            log_std = log_std + self.log_std_offset
         return TanhNormal(mean, log_std.clamp(*self.log_std_bounds))
 
 
@@ -245,10 +252,11 @@ class DeterministicPolicy(Policy):
         activation: Activation = "relu",
         *,
         orthogonal: float | None = None,
+        small_last: float | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.net = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal)
+        self.net = mlp(obs_dim, act_dim, hidden, activation, orthogonal=orthogonal, small_last=small_last)
         self.dropout = dropout
 
     def forward(self, obs: Tensor, drop: torch.Generator | None = None) -> Tensor:

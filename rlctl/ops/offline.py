@@ -20,12 +20,14 @@ def expectile_loss(u: Tensor, tau: float) -> Tensor:
     return (torch.where(u < 0, 1 - tau, tau) * u.square()).mean()
 
 
-def awr_weight(adv: Tensor, beta: float, bound: float = 100.0) -> Tensor:
+def awr_weight(adv: Tensor, beta: float | Tensor, bound: float = 100.0) -> Tensor:
     """min(exp(beta A), bound), of the shape of `adv`, without gradient: how much a transition counts in cloning.
 
-    `beta` is an inverse temperature, 1 / lambda where a paper divides. 0 is plain cloning.
+    `beta`, one number or one per transition (no gradient reaches it), is an inverse temperature, 1 / lambda where a
+    paper divides. 0 is plain cloning.
     Source: Peng et al. 2019, arXiv:1910.00177 (advantage-weighted regression, weights clipped).
     """
+    beta = beta.detach() if isinstance(beta, Tensor) else beta
     return (beta * adv.detach()).exp().clamp(max=bound)
 
 

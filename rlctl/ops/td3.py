@@ -5,11 +5,25 @@ Source: Fujimoto et al. 2018, arXiv:1802.09477, algorithm 1; the scaled value is
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def smoothed(action: Tensor, noise: Tensor, std: float, bound: float) -> Tensor:
-    """clip(action + clip(std noise, +-bound), +-1): `action` [..., A] in [-1, 1], `noise` of that shape."""
+def perturbed(action: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """clip(action + std noise, +-1), `action` [..., A] in [-1, 1]: how a deterministic policy explores."""
+    noise = torch.randn(action.shape, generator=generator, dtype=action.dtype, device=action.device)
+    return (action + std * noise).clamp(-1, 1)
+
+
+def smoothed(
+    action: Tensor, noise: Tensor | None, std: float, bound: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """clip(action + clip(std noise, +-bound), +-1): `action` [..., A] in [-1, 1].
+
+    `noise` is standard normal, of that shape; None draws it from `generator`.
+    """
+    if noise is None:
+        noise = torch.randn(action.shape, generator=generator, dtype=action.dtype, device=action.device)
     return (action + (std * noise).clamp(-bound, bound)).clamp(-1, 1)
 
 

@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "critic_hidden": (16, 16),
     "v_hidden": (16, 16),
     "vae_hidden": (16, 16),
+    "inverse_hidden": (16, 16),
     "num_envs": NUM_ENVS,
     "horizon": HORIZON,
     "minibatch_size": 16,
@@ -42,6 +43,7 @@ SMALL: dict[str, Any] = {
     "decoder_hidden": (16, 16),
     "decoder_steps": 3,
     "decoder_batch_size": 64,
+    "reward": "none",
 }
 """Config fields of every tiny agent, taken where a config has them."""
 
@@ -63,12 +65,28 @@ FAST: dict[str, Any] = SMALL | {
 """The same for solving a probe."""
 
 TINY: dict[str, dict[str, Any]] = {
-    "cql": {"bc_steps": 2, "num_actions": 3},
+    "cql": {"bc_share": 2 / 3_000_000, "num_actions": 3},
+    "cal-ql": {"num_actions": 3},
+    "famo2o-cql": {"num_actions": 3},
     "edac": {"num_critics": 3},
     "rlpd": {"num_critics": 3, "policy_every": 2},
     "expo": {"num_critics": 3, "policy_every": 2, "num_actions": 3, "num_edits": 2, "beta": 0.3},
 }
 """Overrides of `SMALL` by algorithm."""
+
+CORRECTED = {"cdsa": "td3bc"}
+"""What corrects a trained agent, and which agent that is in the tests of all."""
+
+LIGHT: dict[str, Any] = {
+    "cql_weight": 0.002,
+    "num_actions": 4,
+    "critic_hidden": None,
+    "alpha": 0.005,
+    "learn_alpha": False,
+    "bc_share": 0.0,
+    "steps": 1500,
+}
+"""Little pessimism, for the data hold every action."""
 
 SOLVE: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 8 * 16 * 60, "log_std": -1.0},
@@ -111,15 +129,33 @@ SOLVE: dict[str, dict[str, Any]] = {
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
     "prdc": {"steps": 1500, "hidden": (64, 64), "critic_lr": 2e-3},
-    "odice-il": {"steps": 600, "trajectory": 0, "v_lr": 1e-2},
+    "odice-il": {"steps": 1000, "trajectory": 0, "v_lr": 1e-2},
     # lam 1/2 makes a reward of 1 in every step worth 1; see REWARD_SCALE for the rest
     "odice": {"steps": 1500, "lam": 0.5, "v_hidden": (64, 64), "v_lr": 3e-2, "layer_norm": False},
     "a2pr": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_hidden": (64, 64), "critic_lr": 2e-3},
     # near the best action in the data: a high expectile, sharp weights
     "iql": {"steps": 3000, "expectile": 0.99, "beta": 30.0, "v_lr": 5e-3, "hidden": (64, 64), "critic_lr": 1e-3},
     "awac": {"steps": 1500, "lam": 0.02, "hidden": (64, 64), "critic_lr": 2e-3},
-    # pessimism light, for the same reason
-    "cql": {"steps": 1500, "cql_weight": 0.002, "num_actions": 4, "alpha": 0.005, "learn_alpha": False, "bc_steps": 0},
+    "cql": LIGHT,
+    "cal-ql": LIGHT,
+    "famo2o-cql": LIGHT,
+    "rebrac": {
+        "steps": 1500,
+        "actor_bc": 0.001,
+        "critic_bc": 0.0,
+        "hidden": (64, 64),
+        "critic_hidden": (64, 64),
+        "critic_lr": 2e-3,
+    },
+    "famo2o-iql": {
+        "steps": 3000,
+        "expectile": 0.99,
+        "beta_min": 20.0,
+        "beta_max": 30.0,
+        "v_lr": 5e-3,
+        "hidden": (64, 64),
+        "critic_lr": 1e-3,
+    },
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
     "bc": {"steps": 1000},
 }
@@ -148,6 +184,8 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> Agent:
     cfg = config(name, SMALL, TINY.get(name, {}), overrides)
     spec = Spec(OBS_DIM, ACT_DIM, getattr(cfg, "num_envs", 1), seed=seed)
     agent = agents.make(name, spec, cfg)
+    if name in CORRECTED:
+        agent.wrap(tiny(CORRECTED[name], seed))
     if agent.regime == "offline":
         agent.prepare(as_dataset(transitions(torch.Generator().manual_seed(123), 200)))
     return agent
@@ -183,7 +221,16 @@ def batch_for(agent: Agent, seed: int = 0) -> Batch:
             extra = {k: torch.stack([e[k] for _, e in acted]) for k in acted[0][1]}
         else:
             action, extra = batch.action, agent.act(batch.obs, explore=True)[1]
-    return batch._replace(action=action, extra={} if agent.regime == "offline" else extra)
+    return batch._replace(action=action, extra=columns(g) if agent.regime == "offline" else extra)
+
+
+def columns(g: torch.Generator) -> dict[str, Tensor]:
+    """Made-up columns of a dataset [BATCH, ...], whether or not the agent asks for them."""
+    return {
+        "next_action": torch.rand(BATCH, ACT_DIM, generator=g) * 1.8 - 0.9,
+        "has_next_action": torch.rand(BATCH, generator=g) < 0.8,
+        "mc_return": torch.randn(BATCH, generator=g),
+    }
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -245,7 +292,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
-IMITATORS = {"bc"}
+IMITATORS = {"bc", "odice-il"}
 """They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
 
 
@@ -271,8 +318,8 @@ def probe_dataset(env: ProbeEnv, steps: int, seed: int = 0, expert: bool = False
     return Dataset(stacked, ends.nonzero()[:, 0] + 1, id=f"made-up-{env.id}", seed=seed)
 
 
-def solve(name: str, probe: str, seed: int = 0, *, expert: bool = False, **overrides: Any) -> tuple[Agent, ProbeEnv]:
-    """Train the algorithm on a probe, through the schedule a run would use; `expert`: from the best actions' data."""
+def solve(name: str, probe: str, seed: int = 0, **overrides: Any) -> tuple[Agent, ProbeEnv]:
+    """Train the algorithm on a probe, through the schedule a run would use; an imitator from the best actions' data."""
     cls = agents.get(name)
     cfg = config(name, FAST, {"steps": DEFAULT_STEPS[cls.regime]}, SOLVE.get(name, {}), overrides)
     num_envs = getattr(cfg, "num_envs", 8)
@@ -280,8 +327,7 @@ def solve(name: str, probe: str, seed: int = 0, *, expert: bool = False, **overr
     spec = Spec(env.obs_dim, env.act_dim, num_envs, env.device, env.episode_len, seed)
     agent = agents.make(name, spec, cfg)
     offline = cls.regime == "offline"
-    expert = expert or name in IMITATORS
-    data = probe_dataset(make_probe(probe, 8), 100, expert=expert) if offline else None
+    data = probe_dataset(make_probe(probe, 8), 100, expert=name in IMITATORS) if offline else None
     if data is not None and name in REWARD_SCALE:
         data.rows = data.rows._replace(reward=REWARD_SCALE[name] * data.rows.reward)
     schedule = cls.schedule or SCHEDULES[cls.regime]

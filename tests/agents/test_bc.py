@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, as_dataset, batch_for, tiny, transitions
+from agent_helpers import Table, as_dataset, batch_for, snapshot, tiny, transitions
 from torch import Tensor
 
 from rlctl import agents
@@ -125,3 +125,15 @@ def test_data_with_other_episodes_than_asked_for_is_refused() -> None:
         agent.prepare(five_episodes())
     with pytest.raises(ValueError, match=r"best_share=1\.0"):
         bc().prepare(as_dataset(transitions(torch.Generator(), 20)).best_episodes(0.5))
+
+
+def test_it_sees_observations_and_actions_alone() -> None:
+    results = []
+    for scale in (1.0, -7.0):
+        agent = bc()
+        for seed in range(3):
+            b = batch_for(agent, seed)
+            b = b._replace(reward=scale * b.reward, next_obs=scale * b.next_obs)
+            agent.update(b if scale == 1 else b._replace(terminated=~b.terminated, truncated=~b.truncated))
+        results.append(snapshot(agent))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])

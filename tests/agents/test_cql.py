@@ -116,7 +116,7 @@ def test_the_gap_ignores_a_constant_in_q(double: None) -> None:
 # --------------------------------------------------------------------------------------------------- soft actor-critic
 def test_without_the_penalty_it_is_sac() -> None:
     """Losses of critics, actor and temperature, bit for bit on shared noise; no action is drawn for a penalty."""
-    agent, sac = cql(cql_weight=0.0, entropy_backup=True, alpha=0.5, bc_steps=0), tiny("sac", alpha=0.5)
+    agent, sac = cql(cql_weight=0.0, entropy_backup=True, alpha=0.5, bc_share=0.0), tiny("sac", alpha=0.5)
     assert isinstance(sac, SAC)
     for ours, theirs in ((agent.pi, sac.pi), (agent.q, sac.q), (agent.q_lagged, sac.q_lagged)):
         ours.load_state_dict(theirs.state_dict())
@@ -149,8 +149,8 @@ def test_backups(double: None) -> None:
 
 
 def test_the_policy_starts_as_a_clone(double: None) -> None:
-    """E[alpha log pi - log pi(a_data)] for `bc_steps` updates, then the critics' view."""
-    agent = cql(alpha=0.5, bc_steps=2)
+    """E[alpha log pi - log pi(a_data)] for `bc_share` of the updates, then the critics' view."""
+    agent = cql(alpha=0.5, steps=8, bc_share=0.25)
     batch = batch_for(agent)
     logp = torch.tensor([-1.0, 3.0]).repeat(16)
     known = 0.5 * 1.0 - float(agent.pi(batch.obs).log_prob(batch.action).mean().detach())
@@ -171,7 +171,7 @@ def test_the_order_of_an_update(simultaneous: bool) -> None:
 
     Either way the actor's gradient is that at the old critics, and the penalty's actions are the old policy's.
     """
-    settings: dict[str, Any] = {"lagrange_gap": 1.0, "bc_steps": 0, "simultaneous": simultaneous}
+    settings: dict[str, Any] = {"lagrange_gap": 1.0, "bc_share": 0.0, "simultaneous": simultaneous}
     agent, twin = cql(**settings), cql(**settings)
     for seed in range(2):
         batch = batch_for(agent, seed)
@@ -198,7 +198,7 @@ def test_the_order_of_an_update(simultaneous: bool) -> None:
 
 def test_the_penalty_lowers_other_actions_and_not_the_data_s() -> None:
     """The same rewards everywhere: what is left is the conservative term."""
-    agents = [cql(cql_weight=w, critic_lr=1e-2, bc_steps=10**6) for w in (0.0, 10.0)]
+    agents = [cql(cql_weight=w, critic_lr=1e-2, bc_share=1.0) for w in (0.0, 10.0)]
     batch = batch_for(agents[0])
     batch = batch._replace(action=torch.full((32, 2), 0.8), reward=torch.ones(32), terminated=torch.ones(32) > 0)
     differences = []

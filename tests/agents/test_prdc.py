@@ -85,7 +85,7 @@ def test_actor_loss_and_its_gradient_by_hand(double: None) -> None:
     action = torch.tensor([[0.2, -0.4], [0.0, 0.5], [1.0, -1.0]]).requires_grad_()
     near = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
     agent.q, agent.pi = Table(q), Table(action)  # type: ignore[assignment]
-    agent.nearest_action = lambda obs, a: near  # type: ignore[method-assign]
+    agent.nearest_action = lambda obs, a, row=None: near  # type: ignore[method-assign]
     loss = agent.actor_loss(rows(3, 3))
     assert float(loss.detach()) == pytest.approx(-0.5916666667, abs=1e-10)
     g_q, g_action = torch.autograd.grad(loss, [q, action])
@@ -122,7 +122,7 @@ def test_with_beta_zero_actions_alone_count() -> None:
     assert regulariser(far, b) > 1e-4
 
 
-@pytest.mark.parametrize("neighbours", ["tree", "matrix"])
+@pytest.mark.parametrize("neighbours", ["shortlist", "tree", "matrix"])
 def test_large_beta_is_td3bc_bit_for_bit(neighbours: str) -> None:
     """On states that occur once, the nearest pair is the batch's own: same weights after many updates."""
     data = rows()
@@ -215,3 +215,24 @@ def test_update_before_prepare_is_an_error() -> None:
 
 def test_the_index_is_no_part_of_the_checkpoint() -> None:
     assert {k.split(".")[0] for k in prdc().state_dict()} == {"pi", "q", "pi_lagged", "q_lagged", "obs_norm"}
+
+
+def test_the_lists_change_nothing_but_the_time() -> None:
+    """Batches of a dataset, which carry their rows, and rows of an environment among them: the tree's weights."""
+    data = as_dataset(rows())
+    ours, theirs = (
+        agents.make(PRDC, Spec(OBS_DIM, ACT_DIM), PRDCConfig(**SIZES, neighbours=n)) for n in ("auto", "tree")
+    )
+    for agent in (ours, theirs):
+        agent.prepare(data)
+    assert type(ours.index).__name__ == "Shortlist"  # type: ignore[union-attr]
+    _, extra = ours.act(torch.zeros(8, OBS_DIM), explore=True)
+    assert extra["row"].tolist() == [-1] * 8
+    for seed in range(6):
+        b = data.sample(32)
+        b.extra["row"][:8] = -1  # type: ignore[index]
+        online = b._replace(obs=torch.cat([rows(seed, 8).obs, b.obs[8:]]))
+        ours.update(online)
+        theirs.update(online)
+    assert differing(ours, snapshot(theirs)) == []
+    assert data.requests == {}  # an environment's episodes have no row to be asked for

@@ -293,3 +293,21 @@ def test_a_cut_file_and_a_wrong_id_are_refused_before_training(cli: Cli, tmp_pat
     refused(
         cli.train("--algo", "td3bc", "--data", "hopper-medium-v2", sets=SMALL), "rlctl data download hopper-medium-v2"
     )
+
+
+def test_cdsa_corrects_runs_of_any_algorithm(cli: Cli, tmp_path: Path, sac_run: Path, ppo_run: Path) -> None:
+    """Without score steps an evaluation gives the base run's very returns, with them it does not."""
+    npz(tmp_path / "a.npz")
+    made = ["train", "--algo", "cdsa", "--data", "a.npz", "--env", "Hopper", "--steps", "5", "--quiet"]
+    sets = ["hidden=[8]", "inverse_hidden=[8]", "batch_size=8", "run.final_episodes=0", "run.evaluations=1"]
+    for base in (sac_run, ppo_run):
+        theirs = cli("eval", base, "--episodes", "3", "--json").json["returns"]
+        for steps, same in (("0", True), ("2", False)):
+            out = f"{base.name}-{steps}"
+            given = [*sets, f"base={base}", f"score_steps={steps}", "state_step=0.2"]
+            r = cli(*made, "--out", out, *[x for s in given for x in ("--set", s)])
+            assert r.code == 0, r.err
+            assert (cli("eval", out, "--episodes", "3", "--json").json["returns"] == theirs) == same
+    refused(cli(*made, "--out", "none"), "--set base=RUN_DIR")
+    refused(cli(*made, "--out", "none", "--set", "base=nowhere"), "nowhere is not a run directory")
+    assert not Path("none").exists()

@@ -39,6 +39,11 @@ def config_file(tmp_path: Path, text: str) -> Path:
         (["train", "--algo", "ppo", "--env", "CartPole-v1"], ["CartPole-v1", "Box"]),
         (["train", "--algo", "ppo", "--env", "Hopper", "--data", "x"], ["reads no dataset"]),
         (["train", "--algo", "td3bc", "--env", "Hopper"], ["--data"]),
+        (["train", "--algo", "bc", "--data", "x", "--offline-updates", "9"], ["bc does not go", "sees no reward"]),
+        (
+            ["train", "--algo", "sac", "--env", "Hopper", "--offline-updates", "9"],
+            ["sac does not go", "from the start"],
+        ),
         (["train", "--algo", "td3bc", "--data", "no/such/dataset-v0"], ["no dataset 'no/such/dataset-v0'"]),
         (["train", "--algo", "td3bc", "--data", "nothing.hdf5"], ["nothing.hdf5"]),
         (["train", "--algo", "nowhere.at_all:Agent", "--env", "Hopper"], ["no module 'nowhere.at_all'"]),

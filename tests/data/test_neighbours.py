@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlctl.data.neighbours import Matrix, Neighbours, Tree, neighbours
+from rlctl.data.neighbours import Matrix, Neighbours, Shortlist, Tree, neighbours
 
 SEARCHES: dict[str, Callable[[Tensor], Neighbours]] = {
     "tree": Tree,
@@ -77,6 +77,61 @@ def test_tree_and_matrix_find_rows_equally_near(rows: int, dim: int, queries: in
             torch.testing.assert_close(got, true.sort(-1).values[:, k - 1])
 
 
+# ---------------------------------------------------------------------------------------------------------- short lists
+def own_states(rows: Tensor, state_dim: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries that have the state of a row and its action moved by noise of the given std; and those rows."""
+    g = torch.Generator().manual_seed(seed)
+    row = torch.randint(len(rows), (60,), generator=g)
+    query = rows[row].clone()
+    query[:, state_dim:] += spread * torch.randn(60, rows.shape[1] - state_dim, generator=g)
+    return query, row
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 2.0, 7.5])
+@pytest.mark.parametrize(("size", "spread"), [(1, 0.3), (8, 0.3), (8, 2.0), (64, 1.0), (1000, 1.0)])
+def test_short_lists_against_all_distances(size: int, spread: float, beta: float) -> None:
+    """Whether the list settles all, some or none of the queries: the answer is that of the whole table."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 5, generator=g) * torch.tensor([beta] * 3 + [1.0] * 2)
+    index = Shortlist(rows, 3, size)
+    for seed in (1, 2):  # the second time some lists are there already
+        query, row = own_states(rows, 3, spread, seed)
+        ranked = by_hand(rows, query).argsort(-1)
+        for k in (1, 3):
+            assert torch.equal(index.nearest(query, k, row), ranked[:, k - 1])
+            assert torch.equal(index.nearest(query, k), ranked[:, k - 1])
+    elsewhere = query + 0.1
+    row = torch.where(torch.arange(60) % 2 == 0, row, -1)
+    elsewhere[::2] = query[::2]
+    assert torch.equal(index.nearest(elsewhere, 1, row), by_hand(rows, elsewhere).argmin(-1))
+
+
+def test_a_list_that_settles_a_query_does_not_ask_the_tree() -> None:
+    rows = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    index = Shortlist(rows, 3, 32)
+    asked: list[int] = []
+    inner = index.whole.nearest
+    index.whole.nearest = lambda q, k=1, row=None: (asked.append(len(q)), inner(q, k))[1]  # type: ignore[method-assign]
+    query, row = own_states(rows, 3, 1e-3, 1)
+    assert torch.equal(index.nearest(query, 1, row), row)
+    assert asked == []
+    assert int(index.listed.sum()) == len(row.unique())
+    far, row = own_states(rows, 3, 1.0, 1)
+    index.nearest(far, 1, row)
+    assert 0 < sum(asked) < 60
+
+
+def test_short_lists_with_equal_states() -> None:
+    """Copies of one state fill a list of radius 0: only an action at distance 0 is settled by it."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.zeros(50, 3), torch.randn(50, 2, generator=g)], -1)
+    rows = torch.cat([rows, torch.randn(50, 5, generator=g)])
+    query, row = own_states(rows, 3, 0.5, 3)
+    got = Shortlist(rows, 3, 8).nearest(query, 1, row)
+    true = by_hand(rows, query)
+    torch.testing.assert_close(true.gather(1, got[:, None])[:, 0], true.min(-1).values)
+
+
 def test_far_from_the_origin_float32_would_fail() -> None:
     """Rows a thousandth apart, 300 away from the origin: |x|^2 is 9e4, float32 knows it to 0.008."""
     steps = torch.arange(50.0).double() * 1e-3
@@ -113,6 +168,11 @@ def test_who_is_chosen_and_what_it_reads() -> None:
     rows = torch.zeros(3, 2)
     assert isinstance(neighbours(rows), Tree)
     assert isinstance(neighbours(rows, "tree"), Tree)
+    assert isinstance(neighbours(rows, state_dim=1), Shortlist)
+    assert isinstance(neighbours(torch.zeros(3, 65), state_dim=1), Matrix)
+    assert Shortlist.host_reads
+    with pytest.raises(ValueError, match="state_dim"):
+        neighbours(rows, "shortlist")
     assert isinstance(neighbours(rows, "matrix"), Matrix)
     assert isinstance(neighbours(torch.zeros(3, 64)), Tree)
     assert isinstance(neighbours(torch.zeros(3, 65)), Matrix)
