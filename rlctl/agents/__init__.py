@@ -65,6 +65,19 @@ ENTRIES = {
         Entry(
             "odice", "rlctl.agents.odice:ODICE", "arXiv:2402.00348", "DICE by orthogonal gradients, weighted cloning"
         ),
+        Entry(
+            "diffusion-bc", "rlctl.agents.diffusion_bc:DiffusionBC", "arXiv:2208.06193", "cloning by a diffusion policy"
+        ),
+        Entry("flow-bc", "rlctl.agents.flow_bc:FlowBC", "arXiv:2502.02538", "cloning by a flow policy"),
+        Entry(
+            "diffusion-ql",
+            "rlctl.agents.diffusion_ql:DiffusionQL",
+            "arXiv:2208.06193",
+            "diffusion policy, gradients of Q through its chain",
+        ),
+        Entry("fql", "rlctl.agents.fql:FQL", "arXiv:2502.02538", "one-step policy, distilled from a flow, climbing Q"),
+        Entry("idql", "rlctl.agents.idql:IDQL", "arXiv:2304.10573", "IQL's values choose among a diffusion's draws"),
+        Entry("ifql", "rlctl.agents.ifql:IFQL", "arXiv:2502.02538", "IQL's values choose among a flow's draws"),
         Entry("odice-il", "rlctl.agents.odice_il:ODICEIL", "arXiv:2402.00348", "ODICE that imitates one trajectory"),
     )
 }

@@ -3,7 +3,14 @@
 from rlctl.nets.critic import QEnsemble, ValueNet, VEnsemble
 from rlctl.nets.distributions import Normal, NormalMixture, TanhNormal, TanhNormalMixture
 from rlctl.nets.field import FieldMLP, FieldResNet
-from rlctl.nets.generative import Conditioned, DiffusionPolicy, FlowPolicy, GenerativePolicy, LatentDecoderPolicy
+from rlctl.nets.generative import (
+    Conditioned,
+    DiffusionPolicy,
+    FlowPolicy,
+    GenerativePolicy,
+    LatentDecoderPolicy,
+    OneStepPolicy,
+)
 from rlctl.nets.mlp import mlp
 from rlctl.nets.normalizer import ObsNorm, RewardScale
 from rlctl.nets.policy import (
@@ -35,6 +42,7 @@ __all__ = [
     "Normal",
     "NormalMixture",
     "ObsNorm",
+    "OneStepPolicy",
     "Policy",
     "QEnsemble",
     "RewardScale",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rlctl.nets.distributions import Normal
-from rlctl.nets.field import FieldMLP, TimeKind
-from rlctl.nets.mlp import Activation
+from rlctl.nets.field import FieldMLP, TimeKind, xavier_
+from rlctl.nets.mlp import Activation, mlp
 from rlctl.nets.policy import Policy, require
 from rlctl.ops.diffusion import (
     Prediction,
@@ -259,12 +259,13 @@ class DiffusionPolicy(GenerativePolicy):
 
     def field(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise [..., A] that the network sees in x_i; `t` is i (int64), 0-dim or of x's leading shape."""
-        return predicted_noise(self.prediction, self.net(obs, x, t), x, self.alpha_bar[t].unsqueeze(-1))
+        # take, not [t]: a 0-dim index is read on the host
+        return predicted_noise(self.prediction, self.net(obs, x, t), x, self.alpha_bar.take(t).unsqueeze(-1))
 
     def step_mean(self, field: Callable[[Tensor, Tensor], Tensor], x: Tensor, k: Step, deterministic: bool) -> Tensor:
         """The mean of x_p given x_i; see `rlctl.ops.diffusion.reverse_steps`."""
         i, row = self.level[k], int(deterministic)
-        data = predicted_data(field(x, i), x, self.alpha_bar[i].unsqueeze(-1))
+        data = predicted_data(field(x, i), x, self.alpha_bar.take(i).unsqueeze(-1))
         if self.clip is not None and not self.clip_states:
             data = data.clamp(-self.clip, self.clip)
         return at(self.of_data[row], k) * data + at(self.of_x[row], k) * x
@@ -279,7 +280,7 @@ class DiffusionPolicy(GenerativePolicy):
 
     def matching_error(self, obs: Tensor, action: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """(net(s, x_i, i) - target)^2, [..., A], in the units of what it predicts; `time` is i in 1..T (int64)."""
-        alpha_bar = self.alpha_bar[time].unsqueeze(-1)
+        alpha_bar = self.alpha_bar.take(time).unsqueeze(-1)
         out = self.net(obs, noised(action, noise, alpha_bar), time)
         return (out - regression_target(self.prediction, action, noise, alpha_bar)).square()
 
@@ -337,6 +338,60 @@ class FlowPolicy(GenerativePolicy):
         """(v(s, x_t, t) - (action - noise))^2, [..., A]."""
         x = interpolated(noise, action, time.unsqueeze(-1))
         return (self.net(obs, x, time) - (action - noise)).square()
+
+
+class OneStepPolicy(Policy):
+    """One network from observation and noise to action, a = clip(mu(s, z)), z ~ N(0, I): a flow's map in one call."""
+
+    can = frozenset({"sample", "reparam", "mode", "decode"})
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: Activation = "gelu",
+        *,
+        clip: float | None = 1.0,
+        xavier: bool = True,
+    ) -> None:
+        super().__init__()
+        self.act_dim, self.clip, self.noise_shape = act_dim, clip, (act_dim,)
+        self.net = mlp(obs_dim + act_dim, act_dim, hidden, activation)
+        if xavier:
+            xavier_(self.net)
+
+    def forward(self, obs: Tensor) -> Conditioned:
+        """The policy at `obs` [..., O]."""
+        return Conditioned(self, obs)
+
+    def unclipped(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """mu(s, z), [..., A]; `noise` has the leading dimensions of `obs`, or one more."""
+        for _ in range(noise.dim() - obs.dim()):
+            obs = obs.unsqueeze(-2)
+        return self.net(torch.cat([obs.expand(*noise.shape[:-1], -1), noise], -1))
+
+    def decode(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The action [..., A] of `noise` [..., A]."""
+        out = self.unclipped(obs, noise)
+        return out if self.clip is None else out.clamp(-self.clip, self.clip)
+
+    def sample(
+        self,
+        obs: Tensor,
+        num: int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws [..., A], with `num` [..., num, A]."""
+        if noise is None:
+            lead = obs.shape[:-1] if num is None else (*obs.shape[:-1], num)
+            noise = torch.randn((*lead, self.act_dim), generator=generator, dtype=obs.dtype, device=obs.device)
+        return self.decode(obs, noise)
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The action of zero noise."""
+        return self.decode(obs, obs.new_zeros(*obs.shape[:-1], self.act_dim))
 
 
 class LatentDecoderPolicy(Policy):

@@ -154,7 +154,8 @@ class Edited(Policy):
 class EMA(Policy):
     """Acts with an exponential moving average of the policy that learns: train `policy`, sample from this.
 
-    `update(step)` moves the average: slow <- slow + (1 - decay)(policy - slow), every `every` steps from `start` on.
+    `update(step)` moves the average: slow <- slow + (1 - decay)(policy - slow) in every `every`-th step; before `start`
+    it is a plain copy instead.
     """
 
     def __init__(self, policy: Policy, decay: float = 0.995, every: int = 1, start: int = 0) -> None:
@@ -165,8 +166,8 @@ class EMA(Policy):
 
     def update(self, step: int) -> None:
         """Take in the policy of update number `step` (a Python number)."""
-        if step >= self.start and step % self.every == 0:
-            polyak(self.policy, self.slow, 1 - self.decay)
+        if step % self.every == 0:
+            polyak(self.policy, self.slow, 1 - self.decay if step >= self.start else 1.0)
 
     def forward(self, obs: Tensor) -> object:
         """The slow policy at `obs` [..., O]."""

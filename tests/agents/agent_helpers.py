@@ -71,6 +71,11 @@ TINY: dict[str, dict[str, Any]] = {
     "edac": {"num_critics": 3},
     "rlpd": {"num_critics": 3, "policy_every": 2},
     "expo": {"num_critics": 3, "policy_every": 2, "num_actions": 3, "num_edits": 2, "beta": 0.3},
+    "flow-bc": {"flow_steps": 4},
+    "diffusion-ql": {"num_candidates": 5},
+    "fql": {"flow_steps": 4},
+    "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
+    "ifql": {"flow_steps": 4, "num_candidates": 5},
 }
 """Overrides of `SMALL` by algorithm."""
 
@@ -158,6 +163,16 @@ SOLVE: dict[str, dict[str, Any]] = {
     },
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
     "bc": {"steps": 1000},
+    "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
+    "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
+    # eta, 1 / alpha, expectile large: the point is to solve the task, not to stay near a random policy
+    "diffusion-ql": {"steps": 1500, "eta": 20.0, "ema_start": 0, "ema_every": 1, "ema_decay": 0.95, "critic_lr": 2e-3}
+    | {"hidden": (64, 64), "num_candidates": 8, "diffusion_steps": 3},
+    "fql": {"steps": 1500, "alpha": 0.1, "lr": 2e-3, "hidden": (64, 64), "flow_steps": 4},
+    "idql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    | {"ema_start": 0, "ema_decay": 0.95, "width": 16, "blocks": 1},
+    "ifql": {"steps": 2500, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 1e-3}
+    | {"ema_start": 0, "ema_decay": 0.95, "hidden": (32, 32), "flow_steps": 4, "layer_norm": False},
 }
 """Overrides of `FAST` by algorithm. `steps` is in the algorithm's own unit."""
 
@@ -292,7 +307,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
-IMITATORS = {"bc", "odice-il"}
+IMITATORS = {"bc", "odice-il", "diffusion-bc", "flow-bc"}
 """They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
 
 

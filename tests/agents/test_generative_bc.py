@@ -1,0 +1,112 @@
+"""Diffusion BC and flow BC: the loss, the slow copy; and the bandit of four modes that tells policies apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from agent_helpers import batch_for, recorded_inputs, tiny
+from torch import Tensor
+
+from rlctl import agents
+from rlctl.agents.diffusion_bc import DiffusionBC
+from rlctl.types import Agent, Batch, Spec
+
+both = pytest.mark.parametrize("name", ["diffusion-bc", "flow-bc"])
+
+
+def cloner(name: str, **overrides: Any) -> DiffusionBC:
+    agent = tiny(name, **overrides)
+    assert isinstance(agent, DiffusionBC)
+    return agent
+
+
+@both
+def test_the_loss_is_the_matching_loss_of_the_policy_that_learns(name: str) -> None:
+    agent = cloner(name)
+    b = batch_for(agent)
+    fast, slow = recorded_inputs(agent.pi.policy.net), recorded_inputs(agent.pi.slow.net)  # type: ignore[arg-type]
+    noise, time = agent.pi.policy.draw_pairs(b.action)  # type: ignore[operator]
+    loss = agent.actor_loss(b, noise, time)
+    torch.testing.assert_close(loss, agent.pi.policy.matching_loss(b.obs, b.action, noise, time).mean())
+    assert fast
+    assert not slow
+    agent.act(b.obs, explore=True)
+    assert len(fast) == 2
+    assert len(slow) == agent.pi.slow.num_steps
+
+
+@both
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_one_constant_action_is_learned(name: str, prediction: str) -> None:
+    if name == "flow-bc" and prediction != "eps":
+        pytest.skip("a flow predicts velocities")
+    agent = cloner(name, actor_lr=3e-3, ema_start=300, hidden=(64, 64), prediction=prediction)
+    b = batch_for(agent)._replace(action=torch.tensor([0.3, -0.7]).expand(32, 2))
+    for _ in range(400):
+        agent.update(b)
+    torch.testing.assert_close(agent.act(b.obs, explore=True)[0], b.action, rtol=0, atol=0.1)
+    torch.testing.assert_close(agent.act(b.obs, explore=False)[0], b.action, rtol=0, atol=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------- four modes
+CENTRES = torch.tensor([[0.8, 0.8], [0.8, -0.8], [-0.8, 0.8], [-0.8, -0.8]])
+BANDIT: dict[str, dict[str, Any]] = {
+    "bc": {"head": "gaussian"},
+    "diffusion-bc": {"hidden": (64, 64), "diffusion_steps": 10},
+    "flow-bc": {"hidden": (64, 64), "flow_steps": 10},
+    "diffusion-ql": {"hidden": (64, 64), "eta": 5.0, "temperature": 0.1, "num_candidates": 10, "tau": 0.05},
+    "fql": {"hidden": (64, 64), "alpha": 0.3, "tau": 0.05, "lr": 2e-3},
+    "idql": {"width": 32, "blocks": 1, "critic_hidden": (64, 64), "tau": 0.05},
+    "ifql": {"hidden": (64, 64), "critic_hidden": (64, 64), "tau": 0.05, "layer_norm": False},
+}
+
+
+def bandit(g: torch.Generator, n: int) -> Batch:
+    """Actions at four places with equal chance, the first of which is paid; one step."""
+    mode = torch.randint(0, 4, (n,), generator=g)
+    action = CENTRES[mode] + 0.05 * torch.randn(n, 2, generator=g)
+    no = torch.zeros(n, dtype=torch.bool)
+    return Batch(torch.zeros(n, 1), action.clamp(-1, 1), (mode == 0).float(), torch.zeros(n, 1), ~no, no)
+
+
+def trained(name: str, updates: int) -> Agent:
+    cls = agents.get(name).Config
+    known = {"actor_lr": 2e-3, "critic_lr": 2e-3, "v_lr": 2e-3, "ema_start": updates // 2, "ema_decay": 0.98}
+    settings = {k: v for k, v in known.items() if k in cls.__dataclass_fields__} | BANDIT[name]
+    agent = agents.make(name, Spec(1, 2), cls(**settings))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        agent.update(bandit(g, 256))
+    return agent
+
+
+def shares(agent: Agent) -> tuple[Tensor, Tensor]:
+    """Of 2000 stochastic actions: the share within 0.35 of each mode, and their mean."""
+    with torch.no_grad():
+        action = agent.act(torch.zeros(2000, 1), explore=True)[0]
+    near = (action[:, None] - CENTRES).norm(dim=-1) < 0.35
+    return near.float().mean(0), action.mean(0)
+
+
+@both
+def test_generative_cloning_covers_every_mode(name: str) -> None:
+    share, _ = shares(trained(name, 1200))
+    assert float(share.min()) > 0.15
+    assert float(share.max()) < 0.35
+    assert float(share.sum()) > 0.85
+
+
+def test_gaussian_cloning_collapses_to_the_middle() -> None:
+    agent = trained("bc", 600)
+    share, mean = shares(agent)
+    assert float(mean.abs().max()) < 0.15
+    assert float(agent.act(torch.zeros(1, 1), explore=False)[0].detach().abs().max()) < 0.25
+    assert float(share.sum()) < 0.7
+
+
+@pytest.mark.parametrize("name", ["diffusion-ql", "fql", "idql", "ifql"])
+def test_improvers_find_the_paid_mode(name: str) -> None:
+    share, _ = shares(trained(name, 1000))
+    assert float(share[0]) > 0.9
