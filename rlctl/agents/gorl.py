@@ -56,7 +56,7 @@ class GoRLConfig(PPOConfig):
     """Euler steps of a flow; levels of a diffusion, which is decoded in one step less, without the noisiest level."""
     rollout_steps: Annotated[int, Field(ge=100)] = 100_000
     """Environment steps by which the trained encoder gathers what the next decoder is fitted to."""
-    decoder_updates: Count = 10_000
+    decoder_updates: Count = 5000
     """Gradient steps of each decoder."""
     decoder_batch_size: Count = 1024
     """Transitions per gradient step of a decoder."""

@@ -105,10 +105,10 @@ SOLVE: dict[str, dict[str, Any]] = {
     "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
-    "rlpd": {"steps": 1500, "alpha": 0.005, "learn_alpha": False, "num_critics": 3, "updates_per_step": 1},
+    "rlpd": {"steps": 1000, "policy_every": 2, "alpha": 0.005, "learn_alpha": False, "num_critics": 3, "updates_per_step": 1},
     # the base imitates what was done, random actions at first: several draws and wide edits find the best one
     "expo": {
-        "steps": 1000,
+        "steps": 700,
         "alpha": 0.005,
         "learn_alpha": False,
         "beta": 0.5,
@@ -122,7 +122,7 @@ SOLVE: dict[str, dict[str, Any]] = {
         "base_tau": 0.05,
     },
     "gorl": {
-        "steps": 8 * 16 * 80,
+        "steps": 8 * 16 * 60,
         "log_std": -1.0,
         "stage_weights": (1.0, 1.0),
         "rollout_steps": 2000,
