@@ -17,7 +17,7 @@ import yaml
 import rlctl_envs
 from rlctl import agents, checkpoint
 from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
-from rlctl.data.reference import dataset_labels, normalized_score
+from rlctl.data.reference import dataset_labels, run_score
 from rlctl.data.reward import RewardTransform
 from rlctl.display import Display
 from rlctl.errors import Interrupted, UsageError
@@ -174,6 +174,8 @@ def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tu
     """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
+    if (why := settings.cls.one_length) and (done or steps not in (None, settings.agent.steps)):
+        raise UsageError(f"{folder} {'is finished and ' if done else ''}keeps its length: {why}; start a new run")
     if done and steps is None:
         raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:
@@ -274,7 +276,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
             seed=settings.seed,
             make_eval_env=eval_env if env_id is not None else None,
             display=display,
-            score=lambda ret: normalized_score(env_id, ret) if env_id and settings.data else None,
+            score=lambda ret: None if env_id is None else run_score(env_id, ret, on_data=settings.data is not None),
             labels=dataset_labels(data.id, data.origin.format) if data is not None else {},
             resume=resume,
         )

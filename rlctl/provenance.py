@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "minari", "safetensors")
+PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "dm_control", "minari", "safetensors")
 
 
 def versions() -> dict[str, str | None]:

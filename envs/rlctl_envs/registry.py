@@ -1,4 +1,4 @@
-"""Names: from "Hopper", "probe:constant" or "Pendulum-v1" to an environment."""
+"""Names: from "Hopper", "dmc:hopper-stand", "probe:constant" or "Pendulum-v1" to an environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import gymnasium
 import torch
 
 from rlctl_envs.contract import VecEnv
-from rlctl_envs.tasks import TASKS, build_task
+from rlctl_envs.tasks import DMC_TASKS, TASKS, Task, build_task
 
 if TYPE_CHECKING:
     from rlctl_envs.engines import Backend, Physics
@@ -22,6 +22,7 @@ ENTRY_POINT_GROUP = "rlctl.envs"
 """A package adds an environment by an entry point of this group: name -> factory(num_envs, **kwargs) -> VecEnv."""
 
 PROBE_PREFIX = "probe:"
+DMC_PREFIX = "dmc:"
 _VERSION = "-v5"
 
 
@@ -44,8 +45,9 @@ def make(
     """Make N copies of an environment by name.
 
     Args:
-        name: a MuJoCo task ("Hopper", "Hopper-v5"; case does not matter), "probe:NAME", a name added by an installed
-            package, or any other Gymnasium id with Box observations and actions ("Pendulum-v1").
+        name: a MuJoCo task ("Hopper", "Hopper-v5"; case does not matter), one of the DeepMind Control Suite
+            ("dmc:hopper-stand"; needs the extra `dmc`), "probe:NAME", a name added by an installed package, or any
+            other Gymnasium id with Box observations and actions ("Pendulum-v1").
         num_envs: number of copies, N.
         seed: of the environments' random stream.
         device: where the returned tensors live.
@@ -58,17 +60,19 @@ def make(
             keywords and `workers`.
 
     Raises:
-        UnknownTask: no such name. ValueError: a setting or value that is not known.
+        UnknownTask: no such name. ValueError: a setting or value that is not known, or an extra that is not installed.
     """
     common: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
-    task_name = _mujoco_name(name)
-    if task_name is not None:
+    simulated = _simulated(name)
+    if simulated is not None:
         from rlctl_envs.vector import MujocoVecEnv
 
+        env_id, task = simulated
         episode_len = task_kwargs.pop("episode_len", None)
         return MujocoVecEnv(
-            build_task(TASKS[task_name], task_kwargs),
+            build_task(task, task_kwargs),
             num_envs,
+            env_id=env_id,
             backend=backend,
             threads=threads,
             physics=physics,
@@ -92,10 +96,13 @@ def make(
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a name that `make` accepts: "hopper" is "Hopper-v5"; UnknownTask if there is none."""
-    task_name = _mujoco_name(name)
-    if task_name is not None:
-        return task_name + _VERSION
+    """The one spelling of a name that `make` accepts: "hopper" is "Hopper-v5"; UnknownTask if there is none.
+
+    It says nothing about whether the extra is installed that the environment needs.
+    """
+    simulated = _simulated(name)
+    if simulated is not None:
+        return simulated[0]
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import PROBES
 
@@ -115,17 +122,19 @@ def task_table() -> list[dict[str, Any]]:
     """
     from rlctl_envs.probes import PROBES
 
+    named = [(name, name + _VERSION, task) for name, task in TASKS.items()]
+    named += [(DMC_PREFIX + name, DMC_PREFIX + name, task) for name, task in DMC_TASKS.items()]
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "id": name + _VERSION,
+            "id": env_id,
             "obs_dim": task.obs_dim,
             "act_dim": task.act_dim,
             "episode_len": task.episode_len,
             "engine": "mujoco",
             "summary": task.summary,
         }
-        for name, task in TASKS.items()
+        for name, env_id, task in named
     ]
     rows += [
         {
@@ -155,17 +164,27 @@ def task_table() -> list[dict[str, Any]]:
 
 
 def register_with_gymnasium() -> None:
-    """Register "rlctl/Hopper-v5" and the rest, for `gymnasium.make_vec("rlctl_envs:rlctl/Hopper-v5", num_envs=4)`."""
-    for name in TASKS:
-        env_id = f"rlctl/{name}{_VERSION}"
+    """Register "rlctl/Hopper-v5" and the rest, for `gymnasium.make_vec("rlctl_envs:rlctl/Hopper-v5", num_envs=4)`.
+
+    Gymnasium takes what stands before a colon for a module: "dmc:hopper-stand" is "rlctl/dmc-hopper-stand" there.
+    """
+    names = {f"rlctl/{name}{_VERSION}": name for name in TASKS}
+    names |= {f"rlctl/{DMC_PREFIX[:-1]}-{name}": DMC_PREFIX + name for name in DMC_TASKS}
+    for env_id, name in names.items():
         if env_id not in gymnasium.registry:
             gymnasium.register(id=env_id, vector_entry_point=functools.partial(make, name))
 
 
-def _mujoco_name(name: str) -> str | None:
-    """Resolve "hopper" or "Hopper-v5" to "Hopper", or None."""
-    wanted = name.lower().removesuffix(_VERSION)
-    return next((known for known in TASKS if known.lower() == wanted), None)
+def _simulated(name: str) -> tuple[str, type[Task]] | None:
+    """Resolve "hopper", "Hopper-v5" or "dmc:Hopper_Stand" to an id and its task, or None."""
+    wanted = name.lower()
+    if wanted.startswith(DMC_PREFIX):
+        plain = wanted.removeprefix(DMC_PREFIX).replace("_", "-")
+        return next(
+            ((DMC_PREFIX + known, task) for known, task in DMC_TASKS.items() if known.replace("_", "-") == plain), None
+        )
+    wanted = wanted.removesuffix(_VERSION)
+    return next(((known + _VERSION, task) for known, task in TASKS.items() if known.lower() == wanted), None)
 
 
 @functools.cache

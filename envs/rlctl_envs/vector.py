@@ -29,6 +29,7 @@ __all__ = ["EnvState", "MujocoVecEnv", "StepResult", "VecEnv"]
 _log = logging.getLogger(__name__)
 
 _ONE = np.ones((), dtype=np.int64)
+_MAX_DRAWS = 1000
 
 
 class MujocoVecEnv(VecEnv):
@@ -78,7 +79,10 @@ class MujocoVecEnv(VecEnv):
         self.engine = make_engine(task, model, self.num_envs, threads, backend)
         low, high = model.actuator_ctrlrange.T
         self._scale = ActionScale(self, low, high)
-        self._forward = bool(task.derived)  # a reset computes derived fields only where they are read
+        if task.goal_dim:
+            self.engine.sim.goal = np.zeros((self.num_envs, task.goal_dim))
+        # A reset computes derived fields only where they are read.
+        self._forward = bool(task.derived) or task.clear_start
         self._qpos0, self._qvel0 = np.array(model.qpos0), np.zeros(model.nv)
         # On the CPU a tensor shares the array's memory.
         self._tensor: Callable[[NDArray[Any]], Tensor] = (
@@ -181,6 +185,8 @@ class MujocoVecEnv(VecEnv):
         state["num_diverged"] = np.array(self.num_diverged, dtype=np.int64)
         state["obs"] = obs.copy()
         state["rng"] = rng_to_array(self.np_random)
+        if self.task.goal_dim:
+            state["goal"] = self.engine.sim.goal.copy()
         return state
 
     def set_state(self, state: EnvState) -> None:
@@ -190,9 +196,13 @@ class MujocoVecEnv(VecEnv):
         expected = {f"engine.{name}": x.shape for name, x in engine.items()}
         n = self.num_envs
         expected |= {"clock": (n,), "num_diverged": (), "obs": (n, self.obs_dim), "rng": (6,)}
+        if self.task.goal_dim:
+            expected["goal"] = (n, self.task.goal_dim)
         check_state(self, state, expected)
         self.np_random = rng_from_array(state["rng"])
         self.engine.set_state({name: state[f"engine.{name}"] for name in engine})
+        if self.task.goal_dim:
+            self.engine.sim.goal[:] = state["goal"]
         self._clock[:] = state["clock"]
         self.num_diverged = int(state["num_diverged"])
         self._obs = state["obs"].astype(self._np_dtype)
@@ -223,8 +233,9 @@ class MujocoVecEnv(VecEnv):
     def _restart(self, ids: NDArray[np.integer[Any]], obs: NDArray[Any]) -> None:
         """Begin new episodes in simulations `ids` [K] and write their observations into the rows of `obs` [N, O]."""
         task, engine = self.task, self.engine
-        qpos, qvel = task.sample_start(NUMPY, self.np_random, len(ids), self._qpos0, self._qvel0)
-        engine.reset(ids.astype(np.int32), qpos, qvel, self._forward)
+        self._draw_starts(ids.astype(np.int32))
+        if task.goal_dim:
+            engine.sim.goal[ids] = task.sample_goal(NUMPY, self.np_random, len(ids))
         if len(ids) == self.num_envs:
             self._clock[...] = 0
             self._steps_to_limit = self.episode_len
@@ -237,6 +248,19 @@ class MujocoVecEnv(VecEnv):
         obs[ids] = rows
         if self._progress is not None:
             self._progress[ids] = task.progress(NUMPY, sim)
+
+    def _draw_starts(self, ids: NDArray[np.int32]) -> None:
+        """Put simulations `ids` [K] into start states; where the task wants them clear, redraw those with contacts."""
+        task, engine = self.task, self.engine
+        for _ in range(_MAX_DRAWS):
+            qpos, qvel = task.sample_start(NUMPY, self.np_random, len(ids), self._qpos0, self._qvel0)
+            engine.reset(ids, qpos, qvel, self._forward, task.settle_steps)
+            if not task.clear_start:
+                return
+            ids = ids[engine.contacts(ids) > 0]
+            if not len(ids):
+                return
+        raise RuntimeError(f"{self.id}: no start without contact in {_MAX_DRAWS} draws of environment {ids[0]}.")
 
     def _end_diverged(
         self,

@@ -1,10 +1,10 @@
 """Cal-QL: conservative Q-learning that pushes no policy action below the return the data itself got from there.
 
-Source: Nakamoto et al. 2023, arXiv:2303.05479, eq. 4; official code github.com/nakamotoo/Cal-QL.
-Differs: the defaults are those of the official code, which is CQL as JaxCQL writes it, with its settings for MuJoCo
-tasks: the paper's own runs are on AntMaze (named at the config) and Adroit. Networks are initialised as our CQL's. The
-value of the data's own policy is the return-to-go of each row; online, where it is known once an episode is over, rows
-enter the replay then (as in the official code; CORL stops calibrating online: `calibrate_online`).
+Source: Nakamoto et al. 2023, arXiv:2303.05479 (its calibrated regulariser); official code github.com/nakamotoo/Cal-QL.
+Differs: the defaults are CQL as JaxCQL writes it, on which the official code stands, for MuJoCo tasks: the paper's runs
+are on AntMaze and Adroit (settings named at the config). Networks are initialised as our CQL's. The value of the data's
+own policy is the return-to-go of each row; online, where that is known when an episode is over, rows enter the replay
+then (CORL stops calibrating online instead: `calibrate_online`).
 """
 
 from __future__ import annotations

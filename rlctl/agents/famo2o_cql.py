@@ -1,6 +1,6 @@
 """FamO2O on CQL: a policy for every weight of Q against entropy, and a second policy that picks one in each state.
 
-Source: Wang et al. 2023, arXiv:2310.17966, section 4; official code github.com/LeapLabTHU/FamO2O (FamO2O-CQL, which
+Source: Wang et al. 2023, arXiv:2310.17966; official code github.com/LeapLabTHU/FamO2O (FamO2O-CQL, which
 stands on JaxCQL).
 Differs: the official code maps the balance policy's draw x in (-1, 1) by x (max - min) + min, beyond the range it
 states (-0.5 to 1.5 instead of 0.5 to 1.5); here it is spread over the range itself, `official_range` gives theirs. Data

@@ -1,10 +1,10 @@
 """FamO2O on IQL: a policy for every inverse temperature, and a second policy that picks one in each state.
 
-Source: Wang et al. 2023, arXiv:2310.17966, section 4; official code github.com/LeapLabTHU/FamO2O (FamO2O-IQL).
+Source: Wang et al. 2023, arXiv:2310.17966; official code github.com/LeapLabTHU/FamO2O (FamO2O-IQL).
 Differs: data actions are not clipped to +-(1 - 1e-5), as a plain Gaussian has a finite density everywhere. Defaults for
 MuJoCo tasks, of which the official repository documents no run with this base: its class default [1, 5] for beta,
 IQL's expectile and rewards; its documented AntMaze settings stand at the config. Online the update takes beta from the
-very draw of the balance policy that its own loss has used (officially a second draw from the same distribution).
+very draw of the balance policy that its own loss has used.
 """
 
 from __future__ import annotations

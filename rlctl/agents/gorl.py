@@ -157,6 +157,7 @@ class GoRL(PPO):
     """PPO on codes, a decoder between them and the environment."""
 
     Config = GoRLConfig
+    one_length = "its stages share the steps"
     schedule: ClassVar[Callable[[Job], None] | None] = staticmethod(train_gorl)
     cfg: GoRLConfig
     best_loss: Tensor

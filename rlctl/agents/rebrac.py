@@ -1,6 +1,6 @@
 """ReBRAC: TD3+BC with the cloning term in the critics' backup as well, weighted apart, and critics with LayerNorm.
 
-Source: Tarasov et al. 2023, arXiv:2305.09836, section 3; official code github.com/tinkoff-ai/ReBRAC.
+Source: Tarasov et al. 2023, arXiv:2305.09836; official code github.com/tinkoff-ai/ReBRAC.
 Differs: the backup's penalty needs the data's next action, which the last row of an episode lacks. Where the episode
 terminated it is masked with the value; where it was cut the row keeps its bootstrap and goes without the penalty (the
 official view of the data drops that row). Both distances are SUMS over action dimensions, unlike TD3+BC's mean, and

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, config, data, doctor, envs, evaluate, resume, train
+from rlctl.cli import algos, compare, config, data, doctor, envs, evaluate, plot, report, resume, train
 from rlctl.errors import RlctlError
 
 
@@ -46,6 +46,9 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("plot")(plot.plot)
 app.command("algos")(algos.algos)
 app.command("envs")(envs.envs)
 app.command("config")(config.config)

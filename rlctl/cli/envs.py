@@ -20,4 +20,5 @@ def envs(
         return
     keys = ("name", "obs_dim", "act_dim", "episode_len", "engine", "summary")
     print_table(["NAME", "OBS", "ACT", "STEPS", "ENGINE", "WHAT TO DO"], [[r[k] for k in keys] for r in rows])
-    print("\nAny other Gymnasium id works through an adapter, e.g. --env Pendulum-v1")
+    print("\nThe dmc: tasks simulate the models of the package dm_control: pip install 'rlctl[dmc]'")
+    print("Any other Gymnasium id works through an adapter, e.g. --env Pendulum-v1")

@@ -22,7 +22,7 @@ def evaluate(
     import rlctl_envs
     from rlctl import experiment
     from rlctl.cli.output import print_json
-    from rlctl.data.reference import normalized_score
+    from rlctl.data.reference import run_score, score_text
     from rlctl.errors import UsageError
     from rlctl.evaluate import evaluate as run_episodes
 
@@ -36,7 +36,7 @@ def evaluate(
     result = run_episodes(agent, env, episodes, seed=seed, stochastic=stochastic)
     env.close()
     assert result is not None
-    score = normalized_score(env_id, result.mean) if settings.data else None
+    score = run_score(env_id, result.mean, on_data=settings.data is not None)
     dataset = record.get("dataset") or {}
     if json_:
         print_json(
@@ -59,6 +59,6 @@ def evaluate(
         return
     kind = "sampled" if stochastic else "deterministic"
     trained_on = f"; trained on {dataset['dataset']}" if dataset else ""
-    normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
+    normalized = "" if score is None else f", {score_text(env_id, score)}"
     print(f"{settings.algo} on {env_id}: {result.mean:.1f} ± {result.std:.1f} over {episodes} episodes", end=" ")
     print(f"({kind} actions{normalized}; mean length {sum(result.lengths) / len(result.lengths):.0f}{trained_on})")

@@ -12,7 +12,10 @@ Algo = Annotated[
     str | None, typer.Option(help="Algorithm: a name of `rlctl algos`, or package.module:Class for one of your own.")
 ]
 Env = Annotated[
-    str | None, typer.Option(help="Task: Hopper (means Hopper-v5), any Gymnasium id, or probe:NAME. See `rlctl envs`.")
+    str | None,
+    typer.Option(
+        help="Task: Hopper (means Hopper-v5), dmc:hopper-stand, probe:NAME, any Gymnasium id. See `rlctl envs`."
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -94,11 +97,15 @@ def train(
 
 def summarize(folder: Path, evaluated: bool) -> None:
     """What came out and where it lies."""
+    from rlctl import agents
+
+    from rlctl.data.reference import score_text
+
     record = json.loads((folder / "run.json").read_text())
     if evaluated:
         final = record["final"]
         score = final["normalized_score"]
-        normalized = "" if score is None else f", D4RL-normalised {score:.1f}"
+        normalized = "" if score is None else f", {score_text(record['eval_env'], score)}"
         print(
             f"final evaluation: {final['return_mean']:.1f} ± {final['return_std']:.1f} "
             f"over {final['episodes']} episodes (deterministic actions{normalized})"
@@ -106,4 +113,5 @@ def summarize(folder: Path, evaluated: bool) -> None:
     print(f"run directory:    {folder}")
     print(f"learning curves:  tensorboard --logdir {folder}   (numbers: metrics.jsonl, eval.jsonl)")
     print(f"evaluate again:   rlctl eval {folder}")
-    print(f"train on:         rlctl resume {folder} --steps N")
+    if not agents.get(record["algo"]).one_length:
+        print(f"train on:         rlctl resume {folder} --steps N")

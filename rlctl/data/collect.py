@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rlctl_envs
 from rlctl.data.arrays import Array
-from rlctl.data.reference import reference_name, reference_scores
+from rlctl.data.reference import is_suite, reference_name, reference_returns
 from rlctl.data.write import Played, check_new_id, check_storage, spaces_of, spec_of, to_buffer, write_minari
 from rlctl.errors import UsageError
 from rlctl.seeding import derive, generator
@@ -184,8 +184,8 @@ def collect(
         f"{'sampled' if stochastic else 'deterministic'} actions as executed. Policies by number (infos/policy): "
         + "; ".join(f"{k} = {d}" for k, d in enumerate(described))
     )
-    refs = ref_scores or reference_scores().get(reference_name(env) or "")
-    if refs and ref_scores is None:
+    refs = ref_scores or reference_returns(env)
+    if reference_name(env) and ref_scores is None:
         text += f". Reference scores are D4RL's for {reference_name(env)}, measured on its own version of the task."
     return write_minari(
         id,
@@ -234,4 +234,5 @@ def _requirements(env: str) -> list[str]:
 
     simulated = any(row["id"] == env and row["engine"] == "mujoco" for row in rlctl_envs.task_table())
     names = ["gymnasium", "mujoco"] if simulated else ["gymnasium"]
+    names += ["dm_control"] if is_suite(env) else []
     return [f"{name}=={version(name)}" for name in names]

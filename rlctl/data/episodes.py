@@ -2,7 +2,7 @@
 
 What a dataset computes once for all its episodes (`Dataset.require`) has to be computed for those of an environment as
 they come. An episode therefore enters the replay when it is over, complete with its columns; until then its rows wait,
-and a batch may come from the dataset alone. That is also what the official Cal-QL does.
+and while there are no others batches come from the dataset alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""D4RL's normalised score: 0 for a random policy, 100 for D4RL's expert.
+"""Normalised scores: D4RL's, 0 for a random policy and 100 for D4RL's expert; the Control Suite's, return / 10.
 
-The constants are facts of the benchmark (Fu et al. 2020, arXiv:2004.07219, and its code), the same for v0, v1 and v2
+D4RL's constants are facts of the benchmark (Fu et al. 2020, arXiv:2004.07219, and its code), the same for v0, v1 and v2
 of one task. They were measured on D4RL's own tasks: on a later version of a task (Hopper-v5), and on a dataset recorded
 anew under an old name, the number is on the same scale but is not comparable with published D4RL tables.
 """
@@ -23,6 +23,10 @@ _ALIASES = {
     "adroithandrelocate": "relocate",
     "frankakitchen": "kitchen",
 }
+SUITE_PREFIX, SUITE_RETURNS = "dmc:", (0.0, 1000.0)
+"""Tasks of the DeepMind Control Suite pay at most 1 in each of 1000 steps, and are compared by that (arXiv:1801.00690):
+a score of theirs is return / 10, which says nothing about random policies or experts."""
+
 _OTHER = {"sparse", "dm", "dmc", "eval"}
 """Words that mark another task under a familiar name (dm_control's hopper, Adroit with a sparse reward)."""
 
@@ -50,16 +54,39 @@ def reference_name(name: str) -> str | None:
     return next((task for w in words if (task := _ALIASES.get(w, w)) in scores), None)
 
 
-def normalized_score(name: str, ret: float) -> float | None:
-    """100 * (ret - random) / (expert - random) for an undiscounted raw return `ret`; None where D4RL has no such task.
+def is_suite(name: str) -> bool:
+    """Whether an environment id is one of the DeepMind Control Suite."""
+    return name.lower().startswith(SUITE_PREFIX)
+
+
+def reference_returns(name: str) -> tuple[float, float] | None:
+    """The undiscounted returns that score 0 and 100; None where there are no references.
 
     `name` is an environment id, a dataset id or a file name, see `reference_name`.
     """
+    if is_suite(name):
+        return SUITE_RETURNS
     task = reference_name(name)
-    if task is None:
+    return None if task is None else reference_scores()[task]
+
+
+def normalized_score(name: str, ret: float) -> float | None:
+    """100 * (ret - low) / (high - low) for an undiscounted raw return and `reference_returns`; None without them."""
+    references = reference_returns(name)
+    if references is None:
         return None
-    low, high = reference_scores()[task]
+    low, high = references
     return 100.0 * (ret - low) / (high - low)
+
+
+def run_score(env_id: str, ret: float, *, on_data: bool) -> float | None:
+    """The score of a run: D4RL's scale belongs to learning from data (`on_data`), the suite's to any run."""
+    return normalized_score(env_id, ret) if on_data or is_suite(env_id) else None
+
+
+def score_text(env_id: str, score: float) -> str:
+    """The score with the name of its scale."""
+    return f"score {score:.1f} = return / 10" if is_suite(env_id) else f"D4RL-normalised {score:.1f}"
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

@@ -105,7 +105,14 @@ SOLVE: dict[str, dict[str, Any]] = {
     "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
-    "rlpd": {"steps": 1000, "policy_every": 2, "alpha": 0.005, "learn_alpha": False, "num_critics": 3, "updates_per_step": 1},
+    "rlpd": {
+        "steps": 1000,
+        "policy_every": 2,
+        "alpha": 0.005,
+        "learn_alpha": False,
+        "num_critics": 3,
+        "updates_per_step": 1,
+    },
     # the base imitates what was done, random actions at first: several draws and wide edits find the best one
     "expo": {
         "steps": 700,
@@ -307,7 +314,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 # ------------------------------------------------------------------------------------------------------------- probes
-IMITATORS = {"bc", "odice-il", "diffusion-bc", "flow-bc"}
+IMITATORS = {"bc", "diffusion-bc", "flow-bc", "odice-il"}
 """They copy the data's actions and know of no reward: random data teaches them nothing, an expert's everything."""
 
 

@@ -32,6 +32,7 @@ from agent_helpers import (
 
 from rlctl import agents, checkpoint
 from rlctl.config import build, field_docs
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Spec
 from rlctl_envs.probes import PROBES
 
@@ -261,6 +262,23 @@ def test_a_one_step_learner_ignores_where_episodes_were_cut(name: str) -> None:
 
 def differing_keys(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     return [k for k in a if not torch.equal(a[k], b[k])]
+
+
+FROM_DATA = [n for n in NAMES if issubclass(agents.get(n).Config, OfflineRLConfig) and n not in REWARDLESS]
+
+
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_raw_rewards_are_transformed_in_the_update(name: str) -> None:
+    """`2r+1` on raw rewards learns what no transform learns from rewards that are 2 r + 1 already."""
+    results = []
+    for transform in ("2r+1", "none"):
+        agent = tiny(name, reward=transform)
+        for seed in range(3):
+            batch = batch_for(agent, seed)
+            agent.update(batch if transform == "2r+1" else batch._replace(reward=2 * batch.reward + 1))
+        results.append({k: x for k, x in snapshot(agent).items() if not k.startswith("reward.")})
+    assert differing_keys(*results) == []
+    assert differing_keys({k: x for k, x in snapshot(tiny(name)).items() if k in results[0]}, results[0])
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoint

@@ -178,7 +178,7 @@ def test_the_search_is_asked_on_actor_steps_alone() -> None:
     agent = prdc(policy_every=3)
     asked = []
     inner = agent.nearest_action
-    agent.nearest_action = lambda obs, a: asked.append(agent.counters["updates"]) or inner(obs, a)  # type: ignore
+    agent.nearest_action = lambda *args: asked.append(agent.counters["updates"]) or inner(*args)  # type: ignore
     for seed in range(7):
         agent.update(rows(seed, 32))
     assert asked == [3, 6]
@@ -214,7 +214,7 @@ def test_update_before_prepare_is_an_error() -> None:
 
 
 def test_the_index_is_no_part_of_the_checkpoint() -> None:
-    assert {k.split(".")[0] for k in prdc().state_dict()} == {"pi", "q", "pi_lagged", "q_lagged", "obs_norm"}
+    assert {k.split(".")[0] for k in prdc().state_dict()} == {"pi", "q", "pi_lagged", "q_lagged", "obs_norm", "reward"}
 
 
 def test_the_lists_change_nothing_but_the_time() -> None:

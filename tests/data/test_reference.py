@@ -1,6 +1,6 @@
 import pytest
 
-from rlctl.data.reference import normalized_score, reference_name, reference_scores
+from rlctl.data.reference import normalized_score, reference_name, reference_scores, run_score, score_text
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,14 @@ def test_every_task_scores_0_and_100_at_its_references() -> None:
     for task, (low, high) in reference_scores().items():
         assert normalized_score(task, low) == 0.0
         assert normalized_score(task, high) == pytest.approx(100.0)
+
+
+def test_the_control_suite_scores_a_tenth_of_the_return_in_every_run() -> None:
+    assert reference_name("dmc:hopper-stand") is None, "D4RL's hopper is another task"
+    for on_data in (False, True):
+        assert run_score("dmc:hopper-stand", 432.0, on_data=on_data) == pytest.approx(43.2)
+    assert score_text("dmc:hopper-stand", 43.2) == "score 43.2 = return / 10"
+    assert run_score("Hopper-v5", 1000.0, on_data=False) is None
+    assert run_score("Hopper-v5", 1000.0, on_data=True) == pytest.approx(31.348890)
+    assert score_text("Hopper-v5", 31.34) == "D4RL-normalised 31.3"
+    assert run_score("Pendulum-v1", 1.0, on_data=True) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import deque
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from rlctl_envs.engines import load_model, margins_add
-from rlctl_envs.engines.base import assets
-from rlctl_envs.tasks import NUMPY, TASKS, TORCH, SimState
+from rlctl_envs.tasks import DMC_TASKS, NUMPY, TASKS, TORCH, SimState
 from rlctl_envs.vector import MujocoVecEnv
 
 N = 3
 STEPS = 220
+EVERY_TASK = TASKS | DMC_TASKS
+needs_models = pytest.mark.skipif(importlib.util.find_spec("dm_control") is None, reason="needs the extra dmc")
 
 
 class Playback:
@@ -119,10 +121,10 @@ def test_settings_match_gymnasium(name: str) -> None:
     ours.close()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, *(pytest.param(n, marks=needs_models) for n in DMC_TASKS)])
 def test_torch_and_numpy_agree(name: str) -> None:
     """The task functions give the same on torch tensors as on numpy arrays."""
-    env = MujocoVecEnv(TASKS[name](), 4, seed=0, dtype=torch.float64)
+    env = MujocoVecEnv(EVERY_TASK[name](), 4, seed=0, dtype=torch.float64)
     env.reset()
     for _ in range(5):
         env.step(np.full((4, env.act_dim), 0.3))
@@ -149,7 +151,7 @@ def test_torch_and_numpy_agree(name: str) -> None:
 def test_published_margins(name: str) -> None:
     """A model that gives every geom one margin has it halved where MuJoCo adds margins; others are left alone."""
     task = TASKS[name]()
-    stock = mujoco.MjModel.from_xml_path(str(assets() / task.xml)).geom_margin
+    stock = mujoco.MjModel.from_xml_path(str(task.model_path())).geom_margin
     expected = {"Hopper": 0.001, "Ant": 0.01, "Humanoid": 0.001, "HumanoidStandup": 0.001, "Pusher": 0.002}
     np.testing.assert_array_equal(stock, expected.get(name, 0.0))
     np.testing.assert_array_equal(load_model(task, "native").geom_margin, stock)
@@ -169,10 +171,16 @@ def test_published_physics_moves_hopper_and_not_cheetah() -> None:
     assert torch.equal(rollout("Hopper", "native"), rollout("Hopper", "published")) is not margins_add()
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.islands])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name, task in TASKS.items() if not task.islands),
+        *(pytest.param(name, marks=needs_models) for name, task in DMC_TASKS.items() if not task.islands),
+    ],
+)
 def test_islands_off_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def rollout() -> torch.Tensor:
-        env = MujocoVecEnv(TASKS[name](), 4, seed=0, dtype=torch.float64)
+        env = MujocoVecEnv(EVERY_TASK[name](), 4, seed=0, dtype=torch.float64)
         env.reset()
         rng = np.random.default_rng(0)
         seen = [env.step(rng.uniform(-1, 1, (4, env.act_dim)))[4]["next_obs"] for _ in range(60)]
@@ -180,7 +188,7 @@ def test_islands_off_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch)
         return torch.stack(seen)
 
     without = rollout()
-    monkeypatch.setattr(TASKS[name], "islands", True)
+    monkeypatch.setattr(EVERY_TASK[name], "islands", True)
     assert torch.equal(rollout(), without)
 
 

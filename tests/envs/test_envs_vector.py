@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -23,6 +24,17 @@ from rlctl_envs.tasks import NUMPY, TASKS
 from rlctl_envs.vector import MujocoVecEnv
 
 BACKENDS = ("batch", "pool")
+# Of the suite's tasks those that do what the others do not: draw targets, avoid contacts, fall first, integrate by RK4.
+SUITE = ["hopper-hop", "cheetah-run", "finger-turn_easy", "fish-swim", "cartpole-swingup", "humanoid-walk"]
+HAVE_MODELS = importlib.util.find_spec("dm_control") is not None
+
+
+def suite_task(name: str) -> Any:
+    """A parameter that is skipped where the models are not installed."""
+    return pytest.param(f"dmc:{name}", marks=pytest.mark.skipif(not HAVE_MODELS, reason="needs the extra dmc"))
+
+
+NAMES = [*TASKS, *map(suite_task, SUITE)]
 
 
 def actions(env: VecEnv, steps: int, seed: int = 0) -> torch.Tensor:
@@ -101,7 +113,7 @@ def test_shapes_types_and_spaces(name: str, backend: str) -> None:
     env.close()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_thread_count_and_engine_do_not_change_results(name: str) -> None:
     results = []
     for backend, threads in (("batch", 1), ("batch", 2), ("pool", 1), ("pool", 3)):
@@ -214,7 +226,7 @@ def test_reset_distribution(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_resume_is_bit_identical(name: str, backend: str, tmp_path: Path) -> None:
     env = rlctl_envs.make(name, 4, seed=5, backend=backend, episode_len=30)
     env.reset()
@@ -365,6 +377,8 @@ def test_names() -> None:
 
 def test_listing_agrees_with_the_environments_and_is_cheap() -> None:
     for row in rlctl_envs.task_table():
+        if row["name"].startswith("dmc:") and not HAVE_MODELS:
+            continue
         env = rlctl_envs.make(row["name"])
         assert (env.id, env.obs_dim, env.act_dim, env.episode_len) == (
             row["id"], row["obs_dim"], row["act_dim"], row["episode_len"],
@@ -384,6 +398,9 @@ def test_gymnasium_make_vec() -> None:
     obs, *_ = env.step(env.action_space.sample())
     assert obs.shape == (4, 11)
     env.close()
+    assert "rlctl/dmc-hopper-stand" in gymnasium.registry
+    if HAVE_MODELS:
+        assert gymnasium.make_vec("rlctl_envs:rlctl/dmc-hopper-stand", num_envs=2).unwrapped.id == "dmc:hopper-stand"  # type: ignore[attr-defined]
 
 
 def test_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +416,10 @@ def test_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "Ant", "InvertedDoublePendulum"])
+@pytest.mark.parametrize(
+    "name",
+    ["HalfCheetah", "Hopper", "Ant", "InvertedDoublePendulum", suite_task("fish-swim"), suite_task("humanoid-walk")],
+)
 @pytest.mark.parametrize("poison", [1e11, float("nan")])
 def test_divergence_ends_the_episode(name: str, backend: str, poison: float, caplog: pytest.LogCaptureFixture) -> None:
     env = rlctl_envs.make(name, 3, seed=0, backend=backend)

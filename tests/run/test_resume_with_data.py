@@ -8,9 +8,9 @@ from typing import Any
 import h5py
 import pytest
 import torch
-from run_helpers import assert_same, hdf5, rows, settings, train_in_pieces
+from run_helpers import assert_same, hdf5, interrupted, rows, settings, train_in_pieces
 
-from rlctl import experiment
+from rlctl import agents, experiment
 from rlctl.agents.expo import EXPO
 from rlctl.agents.sac import SAC
 from rlctl.data import ring
@@ -50,14 +50,14 @@ def test_expo_resumes_anywhere(data: bool, tmp_path: Path, monkeypatch: pytest.M
     extra = {"offline_updates": 20} if data else {}
     run = {"log_every": 7, "eval_every": 60}
     s = settings("expo", "Hopper", source, steps=130, **(SMALL | EXPO_NETS | extra), run=run)
-    both(s, tmp_path, [11, 9, 15, 60] if data else [20, 15, 60])
+    both(s, tmp_path, [11, 9, 75] if data else [75])
 
 
 def test_rlpd_resumes_anywhere(tmp_path: Path) -> None:
     s = settings(
         "rlpd", "Hopper", hdf5(tmp_path / "d.hdf5"), steps=100, **SMALL, run={"log_every": 7, "eval_every": 60}
     )
-    both(s, tmp_path, [20, 15, 40])
+    both(s, tmp_path, [35])
 
 
 @pytest.mark.parametrize("algo", ["expo", "rlpd"])
@@ -76,7 +76,7 @@ def test_the_share_of_a_batch_that_comes_from_the_dataset(
 
     monkeypatch.setattr(EXPO, "update", note)
     monkeypatch.setattr(SAC, "update", note)
-    monkeypatch.setattr(experiment.agents.get(algo), "update", note)
+    monkeypatch.setattr(agents.get(algo), "update", note)
     extra = {} if share is None else {"data_share": share}
     nets = EXPO_NETS if algo == "expo" else {}
     experiment.train(settings(algo, "Hopper", data, steps=40, **(SMALL | nets | extra)), tmp_path / "run", quiet=True)
@@ -112,3 +112,18 @@ def test_a_pretrained_base_acts_from_the_first_step(tmp_path: Path, monkeypatch:
 def test_sac_reads_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="reads no dataset"):
         settings("sac", "Hopper", hdf5(tmp_path / "d.hdf5"), steps=40)
+
+
+def test_a_gorl_run_keeps_its_length(tmp_path: Path) -> None:
+    small = {"num_envs": 2, "horizon": 8, "minibatch_size": 8, "hidden": [8], "decoder_hidden": [8]}
+    phases = {"stage_weights": [1, 1], "rollout_steps": 100, "decoder_updates": 5, "decoder_batch_size": 16}
+    s = settings("gorl", "probe:both", steps=64, **small, **phases)
+    folder = tmp_path / "run"
+    assert interrupted(lambda: experiment.train(s, folder, quiet=True), 3)
+    with pytest.raises(UsageError, match="keeps its length: its stages share the steps"):
+        experiment.resume(folder, 128, quiet=True)
+    experiment.resume(folder, 64, quiet=True)  # as it was begun
+    assert experiment.read_json(folder / "run.json")["progress"] == 64 + 100 + 5
+    for steps in (None, 128):
+        with pytest.raises(UsageError, match="is finished and keeps its length"):
+            experiment.resume(folder, steps, quiet=True)

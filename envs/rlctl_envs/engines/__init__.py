@@ -99,6 +99,14 @@ def make_engine(task: Task, model: Any, num_envs: int, threads: int | None = Non
     threads = min(num_envs, available_cores() if threads is None else threads)
     if backend not in ("auto", "batch", "pool"):
         raise ValueError(f"backend is {backend!r}; it is 'auto', 'batch' or 'pool'.")
-    if backend == "pool" or (backend == "auto" and batch_problem() is not None):
-        return PoolEngine(model, num_envs, threads, task.derived, task.contact_forces)
-    return BatchEngine(model, num_envs, threads, task.derived, task.contact_forces)
+    use_pool = backend == "pool" or (backend == "auto" and batch_problem() is not None)
+    kind: type[PoolEngine] | type[BatchEngine] = PoolEngine if use_pool else BatchEngine
+    return kind(
+        model,
+        num_envs,
+        threads,
+        task.derived,
+        contact_forces=task.contact_forces,
+        fresh=task.fresh,
+        count_contacts=task.clear_start,
+    )

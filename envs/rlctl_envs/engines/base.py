@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import mujoco
@@ -37,12 +36,15 @@ class Engine(Protocol):
         A diverged simulation holds some valid state (MuJoCo's own reset), not a continuation of its trajectory.
         """
 
-    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool) -> None:
+    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool, settle: int = 0) -> None:
         """Put simulations `ids` [K] into the given state [K, nq], [K, nv], with warm start and forces cleared.
 
         `ids` is contiguous and ascending.
-        `forward` computes the derived fields at that state.
+        `settle` physics steps without control follow; `forward` then computes the derived fields.
         """
+
+    def contacts(self, ids: Ids) -> NDArray[np.int32]:
+        """Contacts [K] of simulations `ids` at their last forward computation (engines made with `count_contacts`)."""
 
     def state(self) -> dict[str, Floats]:
         """Everything a bit-identical continuation depends on, as copies."""
@@ -77,18 +79,18 @@ def _ignore(message: str) -> None:
 
 
 def load_model(task: Task, physics: Physics = "published") -> Any:
-    """Compile the task's `mujoco.MjModel` from Gymnasium's asset.
+    """Compile the task's `mujoco.MjModel`.
 
     physics="published" restores the contact margins that published curves and data sets were made with: since 3.5
     MuJoCo adds the margins of two touching geoms where it used to take the larger, so a model that gives every geom
-    the same margin has to halve it. "native" leaves the model as the installed Gymnasium has it.
+    the same margin has to halve it. "native" leaves the model as the installed package has it.
 
     Raises ValueError for another `physics`.
     """
     if physics not in ("published", "native"):
         raise ValueError(f"physics is {physics!r}; it is 'published' or 'native'.")
     quiet_mujoco_log()
-    model = mujoco.MjModel.from_xml_path(str(assets() / task.xml))
+    model = task.compile_model()
     if physics == "published" and margins_add():
         margins = np.unique(model.geom_margin)
         if len(margins) == 1 and margins[0] != 0.0:
@@ -103,10 +105,3 @@ def margins_add() -> bool:
     """Whether the installed MuJoCo adds the contact margins of two geoms (3.5 and later)."""
     major, minor = (int(part) for part in mujoco.__version__.split(".")[:2])
     return (major, minor) >= (3, 5)
-
-
-def assets() -> Path:
-    """Folder of Gymnasium's MuJoCo models."""
-    import gymnasium.envs.mujoco
-
-    return Path(str(gymnasium.envs.mujoco.__file__)).parent / "assets"

@@ -14,11 +14,13 @@ from typing import Any
 
 import mujoco
 import numpy as np
+from numpy.typing import NDArray
 
 from rlctl_envs.engines.base import DIVERGENCE_WARNINGS, Floats, Ids
 from rlctl_envs.tasks import SimState
 
 _STAGE_NONE = 0  # mjSTAGE_NONE: compute nothing
+_STAGE_VEL = 2  # mjSTAGE_VEL: what depends on positions and velocities
 _STAGE_ACC = 3  # mjSTAGE_ACC: a full mj_forward
 
 
@@ -82,11 +84,20 @@ class BatchEngine:
     name = "batch"
 
     def __init__(
-        self, model: Any, num_envs: int, threads: int, derived: tuple[str, ...] = (), contact_forces: bool = False
+        self,
+        model: Any,
+        num_envs: int,
+        threads: int,
+        derived: tuple[str, ...] = (),
+        *,
+        contact_forces: bool = False,
+        fresh: bool = False,
+        count_contacts: bool = False,
     ) -> None:
         self._lib = lib = _library()
         self.num_envs, self.threads = num_envs, min(threads, num_envs)
         self._contact_forces = contact_forces
+        self._step_stage = _STAGE_VEL if fresh else _STAGE_NONE
         # The pass for contact forces needs each simulation's own mjData to survive the step.
         config = _Config(self.threads, int(contact_forces))
         error = ctypes.create_string_buffer(1000)
@@ -106,12 +117,15 @@ class BatchEngine:
         if qpos.stop != qvel.start:
             raise BatchUnavailable("positions and velocities are not adjacent in the state")
         template = mujoco.MjData(model)
-        self._derived: dict[str, Floats] = {}
-        for name in derived:
+
+        def output(name: str, shape: tuple[int, ...], ctype: Any = ctypes.c_double) -> Any:
             address = lib.mjb_output(self._batch, name.encode(), None, None)
             if not address:
                 raise BatchUnavailable(f"no batch output {name!r}")
-            self._derived[name] = _array(address, (num_envs, *getattr(template, name).shape))
+            return _array(address, (num_envs, *shape), ctype)
+
+        self._derived: dict[str, Floats] = {name: output(name, getattr(template, name).shape) for name in derived}
+        self._contacts = output("ncon", (), ctypes.c_int) if count_contacts else None
         self.sim = SimState(
             qpos=self._rows[:, qpos],
             qvel=self._rows[:, qvel],
@@ -133,7 +147,7 @@ class BatchEngine:
     def step(self, substeps: int) -> Ids | None:
         """Advance every simulation; see `Engine.step`."""
         batch = self._batch
-        failed = self._step(batch, None, 0, substeps, _STAGE_NONE)
+        failed = self._step(batch, None, 0, substeps, self._step_stage)
         if self._contact_forces:
             # mj_rnePostConstraint takes two of the four arguments it is given: the calling conventions of x86-64 and
             # arm64 allow that, and the self-test in `rlctl_envs.engines` would show it if one did not.
@@ -152,7 +166,7 @@ class BatchEngine:
         ids = np.flatnonzero(bad).astype(np.int32)
         return ids if len(ids) else None
 
-    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool) -> None:
+    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool, settle: int = 0) -> None:
         """Put simulations at rest in a given state; see `Engine.reset`."""
         address, count = ids.ctypes.data, len(ids)
         self._lib.mjb_reset(self._batch, address, count, None, _STAGE_NONE)
@@ -162,9 +176,17 @@ class BatchEngine:
         else:
             self.sim.qpos[ids] = qpos
             self.sim.qvel[ids] = qvel
+        if settle:
+            self._step(self._batch, address, count, settle, _STAGE_NONE)
         if forward:
             # Contact forces stay zero, as after Gymnasium's reset.
             self._lib.mjb_forward(self._batch, address, count, _STAGE_ACC)
+
+    def contacts(self, ids: Ids) -> NDArray[np.int32]:
+        """Contacts of some simulations; see `Engine.contacts`."""
+        assert self._contacts is not None
+        counts: NDArray[np.int32] = self._contacts[ids]
+        return counts
 
     def state(self) -> dict[str, Floats]:
         """Integration state and derived fields; see `Engine.state`."""
@@ -182,5 +204,6 @@ class BatchEngine:
         if self._batch:
             batch, self._batch = self._batch, None
             # Views of freed memory must not stay reachable from here.
-            del self.sim, self._rows, self._derived, self._warnings_flat, self._diverged, self._status
+            del self.sim, self._rows, self._derived, self._contacts
+            del self._warnings_flat, self._diverged, self._status
             self._lib.mjb_deleteBatch(batch)

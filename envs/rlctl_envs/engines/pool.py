@@ -9,6 +9,7 @@ from typing import Any
 
 import mujoco
 import numpy as np
+from numpy.typing import NDArray
 
 from rlctl_envs.engines.base import DIVERGENCE_WARNINGS, Floats, Ids
 from rlctl_envs.tasks import SimState
@@ -22,10 +23,18 @@ class PoolEngine:
     name = "pool"
 
     def __init__(
-        self, model: Any, num_envs: int, threads: int, derived: tuple[str, ...] = (), contact_forces: bool = False
+        self,
+        model: Any,
+        num_envs: int,
+        threads: int,
+        derived: tuple[str, ...] = (),
+        *,
+        contact_forces: bool = False,
+        fresh: bool = False,
+        count_contacts: bool = False,
     ) -> None:
         self.num_envs, self.threads = num_envs, min(threads, num_envs)
-        self._model, self._contact_forces = model, contact_forces
+        self._model, self._contact_forces, self._fresh = model, contact_forces, fresh
         self._data = [mujoco.MjData(model) for _ in range(num_envs)]
         state = np.zeros((num_envs, model.nq + model.nv))
         self._derived = {name: np.zeros((num_envs, *getattr(self._data[0], name).shape)) for name in derived}
@@ -66,6 +75,8 @@ class PoolEngine:
                 step(model, data, substeps)
                 if self._contact_forces:
                     mujoco.mj_rnePostConstraint(model, data)
+                if self._fresh:
+                    mujoco.mj_step1(model, data)
             except mujoco.FatalError:
                 failed.append(i)
             self._copy_out(i)
@@ -87,17 +98,23 @@ class PoolEngine:
         ids = np.flatnonzero(bad).astype(np.int32)
         return ids if len(ids) else None
 
-    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool) -> None:
+    def reset(self, ids: Ids, qpos: Floats, qvel: Floats, forward: bool, settle: int = 0) -> None:
         """Put simulations at rest in a given state; see `Engine.reset`."""
         for row, i in enumerate(ids):
             data = self._data[i]
             mujoco.mj_resetData(self._model, data)
             data.qpos[:] = qpos[row]
             data.qvel[:] = qvel[row]
+            if settle:
+                mujoco.mj_step(self._model, data, settle)
             if forward:
                 mujoco.mj_forward(self._model, data)
             self.sim.ctrl[i] = 0.0
             self._copy_out(i)
+
+    def contacts(self, ids: Ids) -> NDArray[np.int32]:
+        """Contacts of some simulations; see `Engine.contacts`."""
+        return np.array([self._data[i].ncon for i in ids], dtype=np.int32)
 
     def state(self) -> dict[str, Floats]:
         """Integration state and derived fields; see `Engine.state`."""

@@ -40,6 +40,14 @@ class ArrayOps(Protocol):
     def sqrt(self) -> Callable[[Array], Array]:
         """Square root."""
 
+    @property
+    def exp(self) -> Callable[[Array], Array]:
+        """Exponential."""
+
+    @property
+    def log1p(self) -> Callable[[Array], Array]:
+        """Natural logarithm of 1 + x."""
+
     def arange(self, n: int) -> Array:
         """0, 1, ..., n - 1."""
 
@@ -53,6 +61,8 @@ class NumpyOps:
     sin: Callable[[Array], Array] = staticmethod(np.sin)
     cos: Callable[[Array], Array] = staticmethod(np.cos)
     sqrt: Callable[[Array], Array] = staticmethod(np.sqrt)
+    exp: Callable[[Array], Array] = staticmethod(np.exp)
+    log1p: Callable[[Array], Array] = staticmethod(np.log1p)
 
     def clip(self, x: Array, low: float, high: float) -> Array:
         """Bound every element to [low, high]."""
@@ -82,6 +92,8 @@ class TorchOps:
     sin: Callable[[Array], Array] = staticmethod(torch.sin)
     cos: Callable[[Array], Array] = staticmethod(torch.cos)
     sqrt: Callable[[Array], Array] = staticmethod(torch.sqrt)
+    exp: Callable[[Array], Array] = staticmethod(torch.exp)
+    log1p: Callable[[Array], Array] = staticmethod(torch.log1p)
 
     def clip(self, x: Array, low: float, high: float) -> Array:
         """Bound every element to [low, high]."""
@@ -102,6 +114,11 @@ class TorchOps:
     def copy(self, x: Array) -> Array:
         """Return a copy that owns its memory."""
         return x.clone()
+
+
+def length(xp: ArrayOps, x: Array) -> Array:
+    """Euclidean length over the last axis."""
+    return xp.sqrt(xp.sum(x * x))
 
 
 NUMPY: ArrayOps = NumpyOps()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ class SimState:
     """Live arrays over N simulations, as an engine exposes them; the first axis is always N.
 
     `state` is qpos and qvel side by side, [N, nq + nv]. Derived fields describe the instant before the last physics
-    substep (as `mj_step` leaves them) and are None unless the task lists them in `derived`.
+    substep (as `mj_step` leaves them), or with `Task.fresh` the one after it; they are None unless the task lists them
+    in `derived`. `goal` [N, G] holds what the task drew for the running episode besides the joint state.
     """
 
     qpos: Array
@@ -24,23 +26,28 @@ class SimState:
     state: Array
     ctrl: Array
     xpos: Array = None
+    xmat: Array = None
     xipos: Array = None
+    geom_xpos: Array = None
+    geom_xmat: Array = None
     site_xpos: Array = None
+    sensordata: Array = None
     cinert: Array = None
     cvel: Array = None
     cfrc_ext: Array = None
     qfrc_actuator: Array = None
     qfrc_constraint: Array = None
+    goal: Array = None
 
     def rows(self, ids: Array) -> SimState:
         """Copy the simulations `ids` (integer array [K]) into a state of their own."""
         state = self.state[ids]
         nq = self.qpos.shape[1]
-        derived = {name: None if (x := getattr(self, name)) is None else x[ids] for name in _DERIVED}
-        return SimState(qpos=state[:, :nq], qvel=state[:, nq:], state=state, ctrl=self.ctrl[ids], **derived)
+        rest = {name: None if (x := getattr(self, name)) is None else x[ids] for name in _OPTIONAL}
+        return SimState(qpos=state[:, :nq], qvel=state[:, nq:], state=state, ctrl=self.ctrl[ids], **rest)
 
 
-_DERIVED = tuple(f.name for f in fields(SimState))[4:]
+_OPTIONAL = tuple(f.name for f in fields(SimState))[4:]
 
 
 class Draws(Protocol):
@@ -64,7 +71,7 @@ class Task:
     """
 
     xml: ClassVar[str]
-    """File name among Gymnasium's MuJoCo assets."""
+    """File name of the model in the folder that `model_path` looks in."""
     frame_skip: ClassVar[int]
     """Physics steps per environment step."""
     episode_len: ClassVar[int] = 1000
@@ -79,8 +86,16 @@ class Task:
     contact_forces: ClassVar[bool] = False
     """Whether `cfrc_ext` is read, which the simulator computes only on request."""
     islands: ClassVar[bool] = False
-    """Keep the solver's constraint islands. Off is faster and bit-identical, for every task but Pusher."""
+    """Keep the solver's constraint islands. Off is faster and bit-identical, but for Pusher and the finger."""
     constants: ClassVar[tuple[str, ...]] = ()
+    fresh: ClassVar[bool] = False
+    """Recompute what depends on positions and velocities after each step; forces stay those of the last substep."""
+    settle_steps: ClassVar[int] = 0
+    """Physics steps without control between the drawn state and the first observation."""
+    clear_start: ClassVar[bool] = False
+    """Draw starts again until nothing touches."""
+    goal_dim: ClassVar[int] = 0
+    """Length G of a row of `SimState.goal`."""
 
     dt: float = field(init=False, default=0.0)
     """Seconds of simulated time per environment step; set by `bind`."""
@@ -89,6 +104,19 @@ class Task:
     def terminates(self) -> bool:
         """Whether an episode can end before the time limit."""
         return False
+
+    @classmethod
+    def model_path(cls) -> Path:
+        """Where the model is: by default among Gymnasium's."""
+        import gymnasium.envs.mujoco
+
+        return Path(str(gymnasium.envs.mujoco.__file__)).parent / "assets" / cls.xml
+
+    def compile_model(self) -> Any:
+        """Make the `mujoco.MjModel` from its file; a task that is more than its file changes it here."""
+        import mujoco
+
+        return mujoco.MjModel.from_xml_path(str(self.model_path()))
 
     def bind(self, model: Any) -> None:
         """Read what the task needs from the compiled `mujoco.MjModel`."""
@@ -100,6 +128,10 @@ class Task:
 
     def sample_start(self, xp: ArrayOps, draws: Draws, n: int, qpos0: Array, qvel0: Array) -> tuple[Array, Array]:
         """Draw n initial states [n, nq], [n, nv] around the model's own (qpos0 [nq], qvel0 [nv])."""
+        raise NotImplementedError
+
+    def sample_goal(self, xp: ArrayOps, draws: Draws, n: int) -> Array:
+        """Draw what n episodes keep in `SimState.goal`, [n, goal_dim]; called if `goal_dim` is not 0."""
         raise NotImplementedError
 
     def write_obs(self, xp: ArrayOps, s: SimState, out: Array) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rlctl_envs.tasks.arrays import Array, ArrayOps
+from rlctl_envs.tasks.arrays import Array, ArrayOps, length
 from rlctl_envs.tasks.base import Draws, SimState, Task, closed, inside, open_box
 
 
@@ -33,11 +33,6 @@ def _normal_start(draws: Draws, n: int, qpos0: Array, qvel0: Array, scale: float
     qpos = qpos0 + draws.uniform(-scale, scale, (n, len(qpos0)))
     qvel = qvel0 + scale * draws.standard_normal((n, len(qvel0)))
     return qpos, qvel
-
-
-def _length(xp: ArrayOps, x: Array) -> Array:
-    """Euclidean length over the last axis."""
-    return xp.sqrt(xp.sum(x * x))
 
 
 @dataclass(kw_only=True)
@@ -477,7 +472,7 @@ class Reacher(Task):
 
     def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Minus the distance, less the control cost."""
-        reward = _length(xp, s.xpos[:, self._tip] - s.xpos[:, self._target])
+        reward = length(xp, s.xpos[:, self._tip] - s.xpos[:, self._target])
         reward *= -self.reward_dist_weight
         reward -= self.reward_control_weight * xp.sum(action * action)
         return reward
@@ -542,10 +537,10 @@ class Pusher(Task):
     def reward(self, xp: ArrayOps, s: SimState, action: Array, before: Array, after: Array, healthy: Array) -> Array:
         """Minus the two distances, less the control cost."""
         thing = s.xpos[:, self._object]
-        reward = _length(xp, thing - s.xpos[:, self._goal])
+        reward = length(xp, thing - s.xpos[:, self._goal])
         reward *= -self.reward_dist_weight
         reward -= self.reward_control_weight * xp.sum(action * action)
-        reward -= self.reward_near_weight * _length(xp, thing - s.xpos[:, self._tip])
+        reward -= self.reward_near_weight * length(xp, thing - s.xpos[:, self._tip])
         return reward
 
 
