@@ -98,7 +98,6 @@ def train(
 def summarize(folder: Path, evaluated: bool) -> None:
     """What came out and where it lies."""
     from rlctl import agents
-
     from rlctl.data.reference import score_text
 
     record = json.loads((folder / "run.json").read_text())
