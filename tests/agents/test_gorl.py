@@ -20,7 +20,7 @@ from rlctl.errors import Interrupted, UsageError
 from rlctl.nets import Normal
 from rlctl.run import Run, RunConfig
 from rlctl.train import Job, on_policy
-from rlctl.types import Agent, Metrics, Spec
+from rlctl.types import Agent, Batch, Metrics, Spec
 from rlctl_envs.probes import make_probe
 
 both_decoders = pytest.mark.parametrize("decoder", ["flow", "diffusion"])
@@ -314,6 +314,34 @@ def test_encoder_and_decoder_see_normalised_observations() -> None:
     torch.testing.assert_close(seen[0][0], agent.obs_norm(obs))
     torch.testing.assert_close(decoded[0][0], agent.decoder_norm(obs))
     assert not torch.allclose(agent.decoder_norm(obs), obs)
+
+
+@both_decoders
+def test_four_modes(decoder: str) -> None:
+    """A decoder of actions with four modes covers them from the prior; PPO on its codes picks the rewarded one."""
+    size = {"num_envs": 32, "horizon": 16, "minibatch_size": 128, "epochs": 8, "hidden": (16,), "lr": 1e-2}
+    net = {"decoder_hidden": (64, 64), "decoder_steps": 10, "decoder_lr": 3e-3, "decoder_updates": 700}
+    agent = gorl(decoder=decoder, stage_weights=(1.0, 1.0), kl_coef=1e-3, normalize_reward=False, **size, **net)
+    modes = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    g = torch.Generator().manual_seed(0)
+    raw = modes[torch.randint(4, (4000,), generator=g)] + 0.1 * torch.randn(4000, 2, generator=g)
+    rows = gathered(agent, 4000, raw)
+    rows.rows.obs.zero_()
+    refit(agent, rows, 700, 256)
+    agent.begin(1)
+
+    def act(obs: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        with torch.no_grad():
+            action, extra = agent.act(obs, explore=True)
+        return action, extra, (extra["raw_action"].unsqueeze(-2) - modes).norm(dim=-1).argmin(-1)
+
+    obs, no = torch.zeros(16, 32, OBS_DIM), torch.zeros(16, 32, dtype=torch.bool)
+    covered = act(torch.zeros(2000, OBS_DIM))[2].bincount(minlength=4) / 2000
+    assert 0.1 < float(covered.min()) <= float(covered.max()) < 0.45
+    for _ in range(25):
+        action, extra, mode = act(obs)
+        agent.update(Batch(obs, action, (mode == 1).float(), obs, ~no, no, extra))
+    assert float((act(torch.zeros(2000, OBS_DIM))[2] == 1).float().mean()) > 0.9
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
