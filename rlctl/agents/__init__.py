@@ -82,6 +82,18 @@ ENTRIES = {
     )
 }
 
+BASELINES = {
+    e.name: e
+    for e in (
+        Entry("sb3:ppo", "rlctl.agents.sb3:SB3PPO", "arXiv:1707.06347", "PPO of Stable-Baselines3"),
+        Entry("sb3:sac", "rlctl.agents.sb3:SB3SAC", "arXiv:1812.05905", "SAC of Stable-Baselines3"),
+        Entry("sb3:td3", "rlctl.agents.sb3:SB3TD3", "arXiv:1802.09477", "TD3 of Stable-Baselines3"),
+        Entry("sb3:trpo", "rlctl.agents.sb3:SB3TRPO", "arXiv:1502.05477", "TRPO of sb3-contrib"),
+        Entry("sb3:tqc", "rlctl.agents.sb3:SB3TQC", "arXiv:2005.04269", "TQC of sb3-contrib"),
+    )
+}
+"""Learners of other libraries on our tasks, to compare with (extra `sb3`)."""
+
 
 def names() -> list[str]:
     """Every algorithm that can be named: ours, then those of installed packages."""
@@ -90,16 +102,17 @@ def names() -> list[str]:
 
 def get(name: str) -> type[Agent]:
     """The agent class called `name`; UsageError with the nearest match if there is none."""
-    if ":" in name:
+    if (entry := ENTRIES.get(name) or BASELINES.get(name)) is not None:
+        return _load(entry.target, name)
+    if ":" in name and not name.startswith("sb3:"):
         return _load(name, name)
-    if name in ENTRIES:
-        return _load(ENTRIES[name].target, name)
     plugins = _plugins()
     if name in plugins:
         return _load(plugins[name], name)
-    close = get_close_matches(name.lower(), names(), n=1, cutoff=0.4)
+    known = [*names(), *BASELINES]
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(names())}; or package.module:Class")
+    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(known)}; or package.module:Class")
 
 
 def make(name: str | type[Agent], spec: Spec, cfg: Any = None) -> Agent:
