@@ -129,10 +129,9 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
 def _refuse_online(algo: str, cls: type[Agent]) -> None:
     """UsageError for a learner that does not go from a dataset to an environment."""
     why = cls.offline_only
-    if cls.regime != "offline":
-        why = "it learns in its environment from the start"
-    elif not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
-        why = "its config does not derive from rlctl.train.OfflineRLConfig"
+    if not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
+        online = "it learns in its environment from the start"
+        why = online if cls.regime != "offline" else "its config does not derive from rlctl.train.OfflineRLConfig"
     if why:
         raise UsageError(f"{algo} does not go from a dataset to an environment: {why}; leave --offline-updates out")
 
@@ -179,6 +178,8 @@ def resume(
     """Go on with an interrupted, killed or finished run (the latter with more `steps`). `note` as of `train`."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
+    if (why := settings.cls.one_length) and (done or steps not in (None, settings.agent.steps)):
+        raise UsageError(f"{folder} {'is finished and ' if done else ''}keeps its length: {why}; start a new run")
     if done and steps is None:
         raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:

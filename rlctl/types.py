@@ -158,6 +158,8 @@ class Agent(nn.Module):
     offline_only: ClassVar[str] = ""
     """Why an offline learner does not go on in an environment, for one that does not. One that does has a Config with
     the fields of `rlctl.train.OfflineRLConfig`."""
+    one_length: ClassVar[str] = ""
+    """Why a run cannot be made longer than it was begun, for a method of which that is so."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""

@@ -35,6 +35,12 @@ SMALL: dict[str, Any] = {
     "batch_size": BATCH,
     "buffer_size": 4096,
     "learning_starts": 64,
+    "base_net": "mlp",
+    "base_hidden": (16, 16),
+    "base_steps": 3,
+    "decoder_hidden": (16, 16),
+    "decoder_steps": 3,
+    "decoder_batch_size": 64,
     "reward": "none",
 }
 """Config fields of every tiny agent, taken where a config has them."""
@@ -61,6 +67,8 @@ TINY: dict[str, dict[str, Any]] = {
     "cal-ql": {"num_actions": 3},
     "famo2o-cql": {"num_actions": 3},
     "edac": {"num_critics": 3},
+    "rlpd": {"num_critics": 3, "policy_every": 2},
+    "expo": {"num_critics": 3, "policy_every": 2, "num_actions": 3, "num_edits": 2, "beta": 0.3},
     "flow-bc": {"flow_steps": 4},
     "diffusion-ql": {"num_candidates": 5},
     "fql": {"flow_steps": 4},
@@ -92,6 +100,13 @@ SOLVE: dict[str, dict[str, Any]] = {
     "pmoe-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False},
     # a deterministic actor finds the maximum of the fitted Q: a parabola needs more than a few linear pieces
     "td3": {"steps": 1500, "num_envs": 1, "hidden": (64, 64), "critic_lr": 2e-3},
+    "rlpd": {"steps": 1000, "policy_every": 2, "updates_per_step": 1, "num_critics": 3}
+    | {"alpha": 0.005, "learn_alpha": False},
+    # the base imitates what was done, random actions at first: several draws and wide edits find the best one
+    "expo": {"steps": 700, "policy_every": 1, "updates_per_step": 1, "num_critics": 2, "num_actions": 4, "beta": 0.5}
+    | {"alpha": 0.005, "learn_alpha": False, "hidden": (64, 64), "critic_lr": 2e-3, "base_lr": 3e-3, "base_tau": 0.05},
+    "gorl": {"steps": 8 * 16 * 60, "log_std": -1.0, "clip": 0.2, "stage_weights": (1.0, 1.0)}
+    | {"rollout_steps": 2000, "decoder_updates": 300, "decoder_lr": 3e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
@@ -156,6 +171,9 @@ BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql
 """Settings that leave the backup as the only use of a successor: CQL's penalty draws some of its actions from pi(s'),
 as proposals weighted by their density, whether or not the episode went on."""
 
+ELSEWHERE = {"gorl": ("next_decoder.",)}
+"""Beginnings of names of parameters that another phase than `update` learns."""
+
 Learns = Literal["values", "actions", "neither"]
 
 
@@ -174,6 +192,8 @@ class Traits:
     for rewards; neither: nothing of the probes can be asked of it, and it has no use for rewards."""
     backup_alone: Mapping[str, Any] = field(default_factory=dict)
     """Settings that leave the backup as the only use of a successor."""
+    elsewhere: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that another phase than `update` learns."""
     wraps: str = ""
     """The algorithm whose trained agent it corrects (`agent.wrap(other)`), if it does that."""
 
@@ -212,5 +232,6 @@ def _of_ours(name: str) -> Traits:
         reward_scale=REWARD_SCALE.get(name, 1.0),
         learns="actions" if name in IMITATORS else "neither" if name in WRAPPERS else "values",
         backup_alone=BACKUP_ALONE.get(name, {}),
+        elsewhere=ELSEWHERE.get(name, ()),
         wraps=WRAPPERS.get(name, ""),
     )
