@@ -138,10 +138,9 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
 def _refuse_online(algo: str, cls: type[Agent]) -> None:
     """UsageError for a learner that does not go from a dataset to an environment."""
     why = cls.offline_only
-    if cls.regime != "offline":
-        why = "it learns in its environment from the start"
-    elif not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
-        why = "its config does not derive from rlctl.train.OfflineRLConfig"
+    if not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
+        online = "it learns in its environment from the start"
+        why = online if cls.regime != "offline" else "its config does not derive from rlctl.train.OfflineRLConfig"
     if why:
         raise UsageError(f"{algo} does not go from a dataset to an environment: {why}; leave --offline-updates out")
 
@@ -191,6 +190,8 @@ def resume(
     """Go on with an interrupted, killed or finished run (the latter with more `steps`). `note` as of `train`."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
+    if (why := settings.cls.one_length) and (done or steps not in (None, settings.agent.steps)):
+        raise UsageError(f"{folder} {'is finished and ' if done else ''}keeps its length: {why}; start a new run")
     if done and steps is None:
         raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:
@@ -219,12 +220,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
-    """The trained agent of a run, ready to act: the `latest` checkpoint or the `best` one."""
+    """The trained agent of a run, ready to act: the `latest` checkpoint, the `best` one, or that of a STEP."""
     settings = read_settings(folder)
-    root = folder / "checkpoints"
-    weights = root / "best" if which == "best" else checkpoint.latest(root)
-    if weights is None or not weights.exists():
-        raise UsageError(f"{folder} holds no {which} checkpoint yet")
+    weights = _weights(folder, which)
     dims = read_json(folder / "run.json")["spec"]
     device = pick_device(settings.device if settings.device != "auto" else "cpu")[0]
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
@@ -232,6 +230,32 @@ def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
     agent = agents.make(settings.cls, spec, cfg)
     checkpoint.load_agent(weights, agent)
     return agent, settings
+
+
+def _weights(folder: Path, which: str) -> Path:
+    root = folder / "checkpoints"
+    if which in ("latest", "best"):
+        weights = root / "best" if which == "best" else checkpoint.latest(root)
+        if weights is None or not weights.exists():
+            raise UsageError(f"{folder} holds no {which} checkpoint yet")
+        return weights
+    steps = which.removeprefix("step_")
+    there = sorted(p for p in root.glob("step_*") if p.is_dir())
+    found = [p for p in there if steps.isdigit() and int(p.name.removeprefix("step_")) == int(steps)]
+    if not found:
+        have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in there)
+        raise UsageError(f"{folder} has no checkpoint '{which}': it has latest, best (if evaluated) and {have}")
+    return found[0]
+
+
+def evaluated_in(folder: Path, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The environment that a run is evaluated in, and the keyword arguments it is made with."""
+    record = read_json(folder / "run.json")
+    env_id = settings.env or record.get("eval_env")
+    if env_id is None:
+        raise UsageError(f"{folder} does not name an environment to evaluate in")
+    options = record.get("eval_env_options")  # {} is an answer: options of a GPU engine are left out of it
+    return env_id, dict(settings.env_options if options is None else options)
 
 
 def pick_device(asked: str, settings: Settings | None = None) -> tuple[torch.device, str]:

@@ -15,10 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlctl.errors import UsageError
-from rlctl.seeding import derive
+from rlctl.seeding import fresh_weights
 from rlctl.types import Agent, Spec
 
 
@@ -47,6 +45,9 @@ ENTRIES = {
         Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
         Entry("mdpo-off", "rlctl.agents.mdpo_off:MDPOOff", "arXiv:2005.09814", "mirror descent on a soft actor-critic"),
         Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),
+        Entry("rlpd", "rlctl.agents.rlpd:RLPD", "arXiv:2302.02948", "SAC beside a dataset: ensemble, many updates"),
+        Entry("expo", "rlctl.agents.expo:EXPO", "arXiv:2507.07986", "best of generative draws and their small edits"),
+        Entry("gorl", "rlctl.agents.gorl:GoRL", "arXiv:2512.02581", "PPO on codes; a generative decoder, refitted"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
@@ -117,9 +118,7 @@ def get(name: str) -> type[Agent]:
 def make(name: str | type[Agent], spec: Spec, cfg: Any = None) -> Agent:
     """Build an agent on `spec.device`; its weights depend on `spec.seed` alone (the global generator is left as is)."""
     cls = get(name) if isinstance(name, str) else name
-    devices = [spec.device] if spec.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(spec.device):
-        torch.manual_seed(derive(spec.seed, "init"))
+    with fresh_weights(spec.seed, "init", spec.device):
         return cls(spec, cfg)
 
 
