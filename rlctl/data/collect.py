@@ -91,7 +91,8 @@ def load_policy(name: str, share: float = 1.0) -> Policy:
     run = Path(folder)
     agent, settings = experiment.load_agent(run, which or "latest")
     record = experiment.read_json(run / "run.json")
-    options = record.get("eval_env_options") or settings.env_options
+    options = record.get("eval_env_options")
+    options = settings.env_options if options is None else options
     return Policy(name, share, agent, settings.algo, settings.env or record.get("eval_env"), options)
 
 
