@@ -246,7 +246,8 @@ def _task(record: Mapping[str, Any], config: Mapping[str, Any], online: bool) ->
     """`online`: the run has made environment steps, which one that only learns from a dataset never does."""
     data, trains_in = record.get("data", config.get("data")), record.get("env", config.get("env"))
     env = record.get("eval_env") or trains_in
-    options = dict(record.get("eval_env_options") or config.get("env_options") or {})
+    options = record.get("eval_env_options")  # may be empty, and then says so
+    options = dict(config.get("env_options") or {} if options is None else options)
     if options.get("physics") == "published":
         del options["physics"]
     changed = f" ({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})" if options else ""
