@@ -68,6 +68,9 @@ TINY: dict[str, dict[str, Any]] = {
     "fql": {"flow_steps": 4},
     "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
     "ifql": {"flow_steps": 4, "num_candidates": 5},
+    "dppo": {"diffusion_steps": 3},
+    "pa-rl": {"bc_share": 2e-6, "base_net": "mlp", "base_hidden": (16, 16), "num_critics": 3, "num_actions": 3}
+    | {"num_candidates": 5, "num_kept": 3, "search_steps": 2, "search_size": 0.1},
 }
 """Overrides of `SMALL` by algorithm."""
 
@@ -129,6 +132,11 @@ SOLVE: dict[str, dict[str, Any]] = {
         "critic_lr": 1e-3,
     },
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
+    "dppo": {"steps": 8 * 16 * 60, "diffusion_steps": 2, "min_std": 0.2, "clip": 0.2, "minibatch_size": 64}
+    | {"critic_hidden": (32,)},
+    "pa-rl": {"steps": 1500, "bc_share": 0.2, "base_net": "mlp", "base_hidden": (32, 32), "base_steps": 3}
+    | {"base_lr": 3e-3, "num_candidates": 8, "num_kept": 4, "search_steps": 5, "search_size": 0.05, "num_critics": 2}
+    | {"hidden": (64, 64), "critic_lr": 2e-3, "layer_norm": False, "cql_weight": 0.002},
     "bc": {"steps": 1000},
     "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
     "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},

@@ -209,9 +209,9 @@ def test_update_leaves_the_batch_and_the_global_generator_alone(name: str) -> No
     assert all(torch.equal(v, before[k]) for k, v in batch.tensors().items())
 
 
-BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql", "cal-ql", "famo2o-cql")}
-"""Settings that leave the backup as the only use of a successor: CQL's penalty draws some of its actions from pi(s'),
-as proposals weighted by their density, whether or not the episode went on."""
+BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql", "cal-ql", "famo2o-cql", "pa-rl")}
+"""Settings that leave the backup as the only use of a successor: CQL's penalty takes some of its actions from pi(s'),
+whether or not the episode went on."""
 
 
 @every_agent

@@ -59,6 +59,8 @@ BANDIT: dict[str, dict[str, Any]] = {
     "diffusion-ql": {"hidden": (64, 64), "eta": 5.0, "temperature": 0.1, "num_candidates": 10, "tau": 0.05},
     "fql": {"hidden": (64, 64), "alpha": 0.3, "tau": 0.05, "lr": 2e-3},
     "idql": {"width": 32, "blocks": 1, "critic_hidden": (64, 64), "tau": 0.05},
+    "pa-rl": {"bc_share": 300 / 1_000_000, "base_net": "mlp", "base_hidden": (64, 64), "num_candidates": 16}
+    | {"num_kept": 4, "num_critics": 2, "hidden": (64, 64), "tau": 0.05, "base_lr": 2e-3, "calibrate": False},
     "ifql": {"hidden": (64, 64), "critic_hidden": (64, 64), "tau": 0.05, "layer_norm": False},
 }
 
@@ -106,7 +108,7 @@ def test_gaussian_cloning_collapses_to_the_middle() -> None:
     assert float(share.sum()) < 0.7
 
 
-@pytest.mark.parametrize("name", ["diffusion-ql", "fql", "idql", "ifql"])
+@pytest.mark.parametrize("name", ["diffusion-ql", "fql", "idql", "ifql", "pa-rl"])
 def test_improvers_find_the_paid_mode(name: str) -> None:
     share, _ = shares(trained(name, 1000))
     assert float(share[0]) > 0.9
