@@ -41,13 +41,14 @@ def test_search_by_value_then_by_gradient(base: str) -> None:
     found = agent.optimized(b.obs, b.action, generator=torch.Generator().manual_seed(1))
     assert found.actions.shape == (20, 4, 2)
     before = torch.cat([values.sort(-1, descending=True).values[:, :3], agent.value(b.obs, b.action[:, None])], -1)
-    assert bool((found.values >= before - 1e-6).all())
-    assert bool((found.values > before + 1e-4).any())
+    assert bool((found.values >= before - 1e-4).all())  # that much for the edge of the box
+    assert bool((found.values > before + 1e-3).any())
     torch.testing.assert_close(agent.value(b.obs, found.actions), found.values)
     assert float(found.actions.abs().max()) <= BOUND
+    # the first of the fixed noise is none at all
+    calm = agent.base.sample(b.obs, noise=torch.zeros(20, *agent.bank.shape[1:]))
     action = agent.act(b.obs, explore=False)[0]
-    assert bool((agent.value(b.obs, action[:, None])[:, 0] >= agent.value(b.obs, agent.base.mode(b.obs)[:, None])[:, 0]
-                 - 1e-6).all())  # fmt: skip
+    assert bool((agent.value(b.obs, action[:, None]) >= agent.value(b.obs, calm[:, None]) - 1e-4).all())
 
 
 def test_the_lagged_critics_choose_nothing() -> None:
