@@ -76,7 +76,8 @@ def clipped_surrogate(ratio: Tensor, adv: Tensor, clip: float | Tensor) -> Tenso
 
     `clip` is one number, or one for each sample, `[B]`.
     """
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv).mean()
+    bounded = ratio.clamp(1 - clip, 1 + clip)  # type: ignore[arg-type]
+    return -torch.minimum(ratio * adv, bounded * adv).mean()
 
 
 def standardized(adv: Tensor, eps: float = 1e-8) -> Tensor:

@@ -134,9 +134,9 @@ SOLVE: dict[str, dict[str, Any]] = {
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
     "dppo": {"steps": 8 * 16 * 60, "diffusion_steps": 2, "min_std": 0.1, "clip": 0.2, "minibatch_size": 64}
     | {"critic_hidden": (32,)},
-    # few candidates and one step of search: the policy is a clone of random data, the search finds the best action
-    "pa-rl": {"steps": 1000, "bc_share": 0.2, "base_net": "mlp", "base_hidden": (32,), "base_steps": 2}
-    | {"num_candidates": 8, "num_kept": 2, "search_steps": 1, "search_size": 0.1, "num_critics": 2}
+    # few candidates: the policy is a clone of random data, the search finds the best action
+    "pa-rl": {"steps": 1200, "bc_share": 0.1, "base_net": "mlp", "base_hidden": (32,), "base_steps": 2}
+    | {"num_candidates": 4, "num_kept": 2, "search_steps": 5, "search_size": 0.2, "num_critics": 2}
     | {"hidden": (64, 64), "critic_lr": 2e-3, "layer_norm": False, "cql_weight": 0.0},
     "bc": {"steps": 1000},
     "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
