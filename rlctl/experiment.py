@@ -129,10 +129,9 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
 def _refuse_online(algo: str, cls: type[Agent]) -> None:
     """UsageError for a learner that does not go from a dataset to an environment."""
     why = cls.offline_only
-    if cls.regime != "offline":
-        why = "it learns in its environment from the start"
-    elif not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
-        why = "its config does not derive from rlctl.train.OfflineRLConfig"
+    if not why and "offline_updates" not in {f.name for f in fields(cls.Config)}:
+        online = "it learns in its environment from the start"
+        why = online if cls.regime != "offline" else "its config does not derive from rlctl.train.OfflineRLConfig"
     if why:
         raise UsageError(f"{algo} does not go from a dataset to an environment: {why}; leave --offline-updates out")
 
@@ -165,16 +164,22 @@ def load_yaml(file: Path) -> dict[str, Any]:
     return _sectioned(values)
 
 
-def train(settings: Settings, out: Path | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
-    """Start a run and see it through. Returns its folder and the final evaluation."""
+def train(
+    settings: Settings, out: Path | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
+    """Start a run and see it through. Returns its folder and the final evaluation. `note` goes into run.json."""
     folder = _new_folder(settings, out)
-    return _carry_out(settings, folder, resume=False, quiet=quiet)
+    return _carry_out(settings, folder, resume=False, quiet=quiet, note=note)
 
 
-def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tuple[Path, Evaluation | None]:
-    """Go on with an interrupted, killed or finished run (the latter with more `steps`)."""
+def resume(
+    folder: Path, steps: int | None = None, *, quiet: bool = False, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
+    """Go on with an interrupted, killed or finished run (the latter with more `steps`). `note` as of `train`."""
     settings = read_settings(folder)
     done = read_json(folder / "run.json").get("status") == "done"
+    if (why := settings.cls.one_length) and (done or steps not in (None, settings.agent.steps)):
+        raise UsageError(f"{folder} {'is finished and ' if done else ''}keeps its length: {why}; start a new run")
     if done and steps is None:
         raise UsageError(f"{folder} is finished: give a larger total with --steps to train on")
     if steps is not None:
@@ -186,7 +191,7 @@ def resume(folder: Path, steps: int | None = None, *, quiet: bool = False) -> tu
         plain = settings.plain()
         plain["agent"]["steps"] = steps
         settings = resolve(None, [plain])
-    return _carry_out(settings, folder, resume=True, quiet=quiet)
+    return _carry_out(settings, folder, resume=True, quiet=quiet, note=note)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -203,18 +208,40 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
-    """The trained agent of a run, ready to act: the `latest` checkpoint or the `best` one."""
+    """The trained agent of a run, ready to act: the `latest` checkpoint, the `best` one, or that of a STEP."""
     settings = read_settings(folder)
-    root = folder / "checkpoints"
-    weights = root / "best" if which == "best" else checkpoint.latest(root)
-    if weights is None or not weights.exists():
-        raise UsageError(f"{folder} holds no {which} checkpoint yet")
+    weights = _weights(folder, which)
     dims = read_json(folder / "run.json")["spec"]
     device = pick_device(settings.device)[0]
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
     agent = agents.make(settings.cls, spec, settings.agent)
     checkpoint.load_agent(weights, agent)
     return agent, settings
+
+
+def _weights(folder: Path, which: str) -> Path:
+    root = folder / "checkpoints"
+    if which in ("latest", "best"):
+        weights = root / "best" if which == "best" else checkpoint.latest(root)
+        if weights is None or not weights.exists():
+            raise UsageError(f"{folder} holds no {which} checkpoint yet")
+        return weights
+    steps = which.removeprefix("step_")
+    there = sorted(p for p in root.glob("step_*") if p.is_dir())
+    found = [p for p in there if steps.isdigit() and int(p.name.removeprefix("step_")) == int(steps)]
+    if not found:
+        have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in there)
+        raise UsageError(f"{folder} has no checkpoint '{which}': it has latest, best (if evaluated) and {have}")
+    return found[0]
+
+
+def evaluated_in(folder: Path, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The environment that a run is evaluated in, and the keyword arguments it is made with."""
+    record = read_json(folder / "run.json")
+    env_id = settings.env or record.get("eval_env")
+    if env_id is None:
+        raise UsageError(f"{folder} does not name an environment to evaluate in")
+    return env_id, dict(record.get("eval_env_options") or settings.env_options)
 
 
 def pick_device(asked: str) -> tuple[torch.device, str]:
@@ -249,7 +276,9 @@ def torch_threads(cfg: Any) -> int:
     return 1 if small else available_cores()
 
 
-def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -> tuple[Path, Evaluation | None]:
+def _carry_out(
+    settings: Settings, folder: Path, *, resume: bool, quiet: bool, note: Mapping[str, Any] | None = None
+) -> tuple[Path, Evaluation | None]:
     torch.set_num_threads(settings.run.threads or torch_threads(settings.agent))
     torch.manual_seed(derive(settings.seed, "torch"))  # ours never use the global stream, a user's agent may
     torch.set_flush_denormal(True)  # denormal Adam moments late in training cost several times a normal multiply
@@ -290,6 +319,7 @@ def _carry_out(settings: Settings, folder: Path, *, resume: bool, quiet: bool) -
                 "eval_env": env_id,
                 "eval_env_options": found.env_options,
                 "dataset": None if data is None else data.record(),
+                **(note or {}),
             },
             begin=not resume,
         )

@@ -15,16 +15,19 @@ import psutil
 import torch
 
 PACKAGES = ("rlctl", "torch", "numpy", "gymnasium", "mujoco", "dm_control", "minari", "safetensors")
+PEERS = ("stable-baselines3", "sb3-contrib")
+"""Libraries of baselines: recorded where they are installed."""
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that shape results (None: not installed)."""
     out: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *PEERS):
         try:
             out[name] = version(name)
         except PackageNotFoundError:
-            out[name] = None
+            if name in PACKAGES:
+                out[name] = None
     return out
 
 

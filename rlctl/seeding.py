@@ -6,7 +6,9 @@ A name decides the stream, not the order of the calls, so adding a consumer neve
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,3 +28,15 @@ def derive(seed: int, name: str, bits: int = 63) -> int:
 def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device` for the stream `name`."""
     return torch.Generator(device=device).manual_seed(derive(seed, name))
+
+
+@contextlib.contextmanager
+def fresh_weights(seed: int, name: str, device: torch.device) -> Iterator[None]:
+    """Within the block networks are built on `device`, with weights of the stream `name`.
+
+    The global generator is left as it is.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(derive(seed, name))
+        yield

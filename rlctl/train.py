@@ -236,11 +236,18 @@ def train_on_policy(job: Job) -> None:
     on_policy(job.agent, job.env, job.run)
 
 
+def replay(job: Job) -> Buffer:
+    """A fresh replay buffer; mixed with the dataset, `data_share` of each batch, where there is one."""
+    assert job.env is not None
+    refuse_if_too_large(job.agent.spec, min(job.cfg.buffer_size, job.cfg.steps + job.env.num_envs))
+    ring = Ring(job.cfg.buffer_size, job.agent.spec.device, job.seed)
+    return ring if job.data is None else Mix(job.data, ring, job.cfg.data_share)
+
+
 def train_off_policy(job: Job) -> None:
     """The schedule of an off-policy agent: a fresh replay buffer and the loop."""
     assert job.env is not None
-    refuse_if_too_large(job.agent.spec, min(job.cfg.buffer_size, job.cfg.steps + job.env.num_envs))
-    off_policy(job.agent, job.env, Ring(job.cfg.buffer_size, job.agent.spec.device, job.seed), job.run)
+    off_policy(job.agent, job.env, replay(job), job.run)
 
 
 def train_offline(job: Job) -> None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rlctl.errors import UsageError
 from rlctl.seeding import generator
 
 if TYPE_CHECKING:
@@ -104,6 +105,40 @@ class AgentConfig:
     """Length of the run: environment steps, or gradient steps of an offline learner."""
 
 
+class Exportable(NamedTuple):
+    """A policy for use outside of rlctl; see `Agent.exportable`."""
+
+    module: nn.Module
+    """forward(obs [B, O], *others) -> action [B, A] in the units of [-1, 1]. Draws no random number itself."""
+    inputs: dict[str, tuple[int, ...]]
+    """Its inputs by name, in order, with their shapes less the batch: `obs` first; all others are standard normal noise
+    that the caller draws."""
+
+
+class Deterministic(nn.Module):
+    """An agent's deterministic action as a module."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Actions [B, A] for raw observations [B, O]."""
+        return self.agent.act(obs, explore=False)[0]
+
+
+class Sampled(nn.Module):
+    """The draw that given noise decides, of an agent whose generative policy `pi` sees `obs_norm(obs)`."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent: Any = agent
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [B, A] for raw observations [B, O] and standard normal noise [B, ...]."""
+        return self.agent.pi.sample(self.agent.obs_norm(obs), noise=noise)
+
+
 class Agent(nn.Module):
     """An algorithm: `init`, `act`, `update`; its state is held in place.
 
@@ -123,6 +158,8 @@ class Agent(nn.Module):
     offline_only: ClassVar[str] = ""
     """Why an offline learner does not go on in an environment, for one that does not. One that does has a Config with
     the fields of `rlctl.train.OfflineRLConfig`."""
+    one_length: ClassVar[str] = ""
+    """Why a run cannot be made longer than it was begun, for a method of which that is so."""
     Config: ClassVar[type[Any]]
     schedule: ClassVar[Callable[[Job], None] | None] = None
     """A multi-stage method names its own function of loops here; None takes the loop of `regime`."""
@@ -185,6 +222,24 @@ class Agent(nn.Module):
         obs = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=self.spec.device)
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
+
+    def exportable(self, sampled: bool = False) -> Exportable:
+        """What `rlctl export` writes: the deterministic action, a function of the observation alone.
+
+        With `sampled` a draw of the policy, which takes its noise as an input, so that the exported model is a function
+        too: of an agent whose generative policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone
+        (`Policy.noise_shape`). Another agent overrides this; UsageError if it does not.
+        """
+        obs: dict[str, tuple[int, ...]] = {"obs": (self.spec.obs_dim,)}
+        if not sampled:
+            return Exportable(Deterministic(self), obs)
+        noise = getattr(getattr(self, "pi", None), "noise_shape", None)
+        if noise is None or not hasattr(self, "obs_norm"):
+            raise UsageError(
+                f"{type(self).__name__} has no sampled form to export: leave --sampled out, or override "
+                "Agent.exportable with a module that takes its noise as an input"
+            )
+        return Exportable(Sampled(self), obs | {"noise": noise})
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Every optimiser held as an attribute, or in a dict or list that is one, by name (`opt_pi`, `opts/0`)."""

@@ -84,6 +84,14 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     def current_obs(self) -> Tensor:
         """The observation [N, O] the next action answers: of the last reset, step or set_state."""
 
+    @property
+    def action_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Lower and upper bounds [A] in the environment's own units: what actions of -1 and 1 become."""
+        scale: ActionScale | None = getattr(self, "_scale", None)
+        if scale is None:
+            return -np.ones(self.act_dim), np.ones(self.act_dim)
+        return scale.low.copy(), scale.high.copy()
+
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start every environment anew and return the observations [N, O].
@@ -145,7 +153,7 @@ class ActionScale:
 
     def __init__(self, env: VecEnv, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         self._env = env
-        self._low, self._high = low, high
+        self.low, self.high = low, high
         self._half, self._middle = (high - low) / 2, (high + low) / 2
         self._unit = bool((low == -1).all() and (high == 1).all())
         # Work arrays and constants by float type. Constants are arrays because a ufunc converts scalars every time.

@@ -15,10 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlctl.errors import UsageError
-from rlctl.seeding import derive
+from rlctl.seeding import fresh_weights
 from rlctl.types import Agent, Spec
 
 
@@ -47,6 +45,9 @@ ENTRIES = {
         Entry("sac", "rlctl.agents.sac:SAC", "arXiv:1812.05905", "maximum-entropy actor-critic, learned temperature"),
         Entry("mdpo-off", "rlctl.agents.mdpo_off:MDPOOff", "arXiv:2005.09814", "mirror descent on a soft actor-critic"),
         Entry("pmoe-sac", "rlctl.agents.pmoe_sac:PMOESAC", "arXiv:2104.09122", "SAC with a gated Gaussian mixture"),
+        Entry("rlpd", "rlctl.agents.rlpd:RLPD", "arXiv:2302.02948", "SAC beside a dataset: ensemble, many updates"),
+        Entry("expo", "rlctl.agents.expo:EXPO", "arXiv:2507.07986", "best of generative draws and their small edits"),
+        Entry("gorl", "rlctl.agents.gorl:GoRL", "arXiv:2512.02581", "PPO on codes; a generative decoder, refitted"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),
@@ -83,6 +84,18 @@ ENTRIES = {
     )
 }
 
+BASELINES = {
+    e.name: e
+    for e in (
+        Entry("sb3:ppo", "rlctl.agents.sb3:SB3PPO", "arXiv:1707.06347", "PPO of Stable-Baselines3"),
+        Entry("sb3:sac", "rlctl.agents.sb3:SB3SAC", "arXiv:1812.05905", "SAC of Stable-Baselines3"),
+        Entry("sb3:td3", "rlctl.agents.sb3:SB3TD3", "arXiv:1802.09477", "TD3 of Stable-Baselines3"),
+        Entry("sb3:trpo", "rlctl.agents.sb3:SB3TRPO", "arXiv:1502.05477", "TRPO of sb3-contrib"),
+        Entry("sb3:tqc", "rlctl.agents.sb3:SB3TQC", "arXiv:2005.04269", "TQC of sb3-contrib"),
+    )
+}
+"""Learners of other libraries on our tasks, to compare with (extra `sb3`)."""
+
 
 def names() -> list[str]:
     """Every algorithm that can be named: ours, then those of installed packages."""
@@ -91,24 +104,23 @@ def names() -> list[str]:
 
 def get(name: str) -> type[Agent]:
     """The agent class called `name`; UsageError with the nearest match if there is none."""
-    if ":" in name:
+    if (entry := ENTRIES.get(name) or BASELINES.get(name)) is not None:
+        return _load(entry.target, name)
+    if ":" in name and not name.startswith("sb3:"):
         return _load(name, name)
-    if name in ENTRIES:
-        return _load(ENTRIES[name].target, name)
     plugins = _plugins()
     if name in plugins:
         return _load(plugins[name], name)
-    close = get_close_matches(name.lower(), names(), n=1, cutoff=0.4)
+    known = [*names(), *BASELINES]
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(names())}; or package.module:Class")
+    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(known)}; or package.module:Class")
 
 
 def make(name: str | type[Agent], spec: Spec, cfg: Any = None) -> Agent:
     """Build an agent on `spec.device`; its weights depend on `spec.seed` alone (the global generator is left as is)."""
     cls = get(name) if isinstance(name, str) else name
-    devices = [spec.device] if spec.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(spec.device):
-        torch.manual_seed(derive(spec.seed, "init"))
+    with fresh_weights(spec.seed, "init", spec.device):
         return cls(spec, cfg)
 
 

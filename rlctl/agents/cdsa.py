@@ -157,7 +157,7 @@ class CDSA(Agent):
         """
         c, o = self.cfg, self.spec.obs_dim
         x = self.pair_norm(torch.cat([obs, action], -1))
-        level = x.new_full((len(x),), sigma)
+        level = x.new_full(x.shape[:1], sigma)  # not len(x), which a trace for export would take for a constant
         score = self.score(x, level)
         out = c.action_step * sigma**2 * score[:, o:] * (self.pair_norm.std + self.pair_norm.eps)[o:]
         if c.state_step > 0:

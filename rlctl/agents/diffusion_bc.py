@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.nets import EMA, DiffusionPolicy, GenerativePolicy
+from rlctl.nets import EMA, DiffusionPolicy, Policy, require
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, minimize
 from rlctl.ops.diffusion import Prediction, Schedule
@@ -57,17 +57,20 @@ class DiffusionBC(Agent):
     """A generative policy and the matching loss of the data's actions."""
 
     regime = "offline"
+    offline_only = "it copies the data's actions and sees no reward"
     Config: ClassVar[type[CloningConfig]] = DiffusionBCConfig
     cfg: CloningConfig
 
     def __init__(self, spec: Spec, cfg: CloningConfig | None = None) -> None:
         super().__init__(spec, cfg)
         c = self.cfg
-        self.pi = EMA(self.make_policy(), c.ema_decay, c.ema_every, c.ema_start)
+        policy = self.make_policy()
+        require(policy, "sample", "mode", "matching_loss", by=type(self).__name__)
+        self.pi = EMA(policy, c.ema_decay, c.ema_every, c.ema_start)
         self.obs_norm = FixedNorm(spec.obs_dim)
-        self.opt_pi = adam(self.pi.policy.parameters(), c.actor_lr)
+        self.opt_pi = adam(policy.parameters(), c.actor_lr)
 
-    def make_policy(self) -> GenerativePolicy:
+    def make_policy(self) -> Policy:
         """The policy that learns."""
         c = self.cfg
         assert isinstance(c, DiffusionBCConfig)

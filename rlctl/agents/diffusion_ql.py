@@ -18,18 +18,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
-from rlctl.nets import EMA, BestOfN, DiffusionPolicy, QEnsemble
+from rlctl.data.reward import RewardTransform
+from rlctl.nets import EMA, BestOfN, DiffusionPolicy, Policy, QEnsemble, require
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import sampled_backup
-from rlctl.train import OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class DiffusionQLConfig(OfflineConfig):
+class DiffusionQLConfig(OfflineRLConfig):
     """Defaults: those of the paper for MuJoCo (AntMaze: max_q_backup, reward 4r-2; Adroit: actor_lr 3e-5, eta 0.1)."""
 
     hidden: Widths = (256, 256, 256)
@@ -64,10 +64,6 @@ class DiffusionQLConfig(OfflineConfig):
     """Updates per step of the slow policy."""
     ema_start: Annotated[int, Field(ge=0)] = 1000
     """Update from which the slow policy is an average; before, a copy."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like 4r-2 (see docs/data.md)."""
 
 
 class DiffusionQL(Agent):
@@ -80,7 +76,8 @@ class DiffusionQL(Agent):
     def __init__(self, spec: Spec, cfg: DiffusionQLConfig | None = None) -> None:
         super().__init__(spec, cfg)
         c = self.cfg
-        policy = DiffusionPolicy(spec.obs_dim, spec.act_dim, c.hidden, schedule=c.schedule, steps=c.diffusion_steps)
+        policy = self.make_policy()
+        require(policy, "reparam", "matching_loss", by=type(self).__name__)
         slow = EMA(policy, c.ema_decay, c.ema_every, c.ema_start)
         self.pi = BestOfN(slow, self.value, c.num_candidates, weigh=lambda q: (q / c.temperature).softmax(-1))
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="mish")
@@ -88,6 +85,11 @@ class DiffusionQL(Agent):
         self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_pi = adam(policy.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
+
+    def make_policy(self) -> Policy:
+        """The policy that learns."""
+        c, spec = self.cfg, self.spec
+        return DiffusionPolicy(spec.obs_dim, spec.act_dim, c.hidden, schedule=c.schedule, steps=c.diffusion_steps)
 
     @property
     def slow(self) -> EMA:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlctl.agents.diffusion_bc import CloningConfig, DiffusionBC
-from rlctl.nets import FlowPolicy, GenerativePolicy
+from rlctl.nets import FlowPolicy, Policy
 from rlctl.ops.flow import Method
 from rlctl.types import Count, Widths
 
@@ -32,7 +32,7 @@ class FlowBC(DiffusionBC):
 
     Config = FlowBCConfig
 
-    def make_policy(self) -> GenerativePolicy:
+    def make_policy(self) -> Policy:
         """The policy that learns."""
         c = self.cfg
         assert isinstance(c, FlowBCConfig)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.data.reward import RewardTransform
 from rlctl.nets import FlowPolicy, OneStepPolicy, QEnsemble
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, polyak
-from rlctl.train import OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class FQLConfig(OfflineConfig):
+class FQLConfig(OfflineRLConfig):
     """Defaults: the official ones, but alpha, which has to be set per task."""
 
     hidden: Widths = (512, 512, 512, 512)
@@ -43,10 +43,8 @@ class FQLConfig(OfflineConfig):
     """q_lagged <- q_lagged + tau (q - q_lagged) after each update."""
     lr: Positive = 3e-4
     """Adam's learning rate of all networks."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like r-1 (see docs/data.md)."""
+    data_share: Fraction | None = None
+    """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
 class FQL(Agent):

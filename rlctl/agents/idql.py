@@ -16,19 +16,19 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
-from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, GenerativePolicy, QEnsemble, ValueNet
+from rlctl.data.reward import RewardTransform
+from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import expectile_loss
-from rlctl.train import OfflineConfig
+from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
-class ChosenByValueConfig(OfflineConfig):
+class ChosenByValueConfig(OfflineRLConfig):
     """What the values and the choice need to know, whatever the generative policy."""
 
     critic_hidden: Widths = (256, 256)
@@ -57,10 +57,6 @@ class ChosenByValueConfig(OfflineConfig):
     """Share that the policy that acts, an average over updates, keeps at each update."""
     ema_start: Annotated[int, Field(ge=0)] = 1000
     """Update from which it is an average; before, a copy."""
-    normalize_obs: bool = False
-    """z-score observations with the dataset's mean and std (+ 1e-3)."""
-    reward: RewardName = "none"
-    """Reward transform: none, return-range, standardise, or a formula like r-1 (see docs/data.md)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,7 @@ class IDQL(Agent):
         super().__init__(spec, cfg)
         c, hidden = self.cfg, self.cfg.critic_hidden
         policy = self.make_policy()
+        require(policy, "sample", "matching_loss", by=type(self).__name__)
         slow, weigh = EMA(policy, c.ema_decay, 1, c.ema_start), self.weights if c.implicit_policy else None
         self.pi = BestOfN(slow, self.adv, c.num_candidates, weigh)
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, hidden, 2, c.critic_activation, layer_norm=c.layer_norm)
@@ -98,7 +95,7 @@ class IDQL(Agent):
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
 
-    def make_policy(self) -> GenerativePolicy:
+    def make_policy(self) -> Policy:
         """The policy that learns: clipped in each step, with noise of variance beta, as in the official code."""
         c, spec = self.cfg, self.spec
         assert isinstance(c, IDQLConfig)

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rlctl.agents.idql import IDQL, ChosenByValueConfig
-from rlctl.nets import FlowPolicy, GenerativePolicy
+from rlctl.nets import FlowPolicy, Policy
 from rlctl.nets.mlp import Activation
 from rlctl.types import Count, Widths
 
@@ -40,7 +40,7 @@ class IFQL(IDQL):
 
     Config = IFQLConfig
 
-    def make_policy(self) -> GenerativePolicy:
+    def make_policy(self) -> Policy:
         """The policy that learns."""
         c = self.cfg
         assert isinstance(c, IFQLConfig)

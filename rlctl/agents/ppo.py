@@ -22,7 +22,7 @@ from rlctl.agents.actor_critic import (
     standardized,
     step_taken,
 )
-from rlctl.nets import GaussianPolicy, ObsNorm, RewardScale, ValueNet
+from rlctl.nets import GaussianPolicy, Normal, ObsNorm, RewardScale, ValueNet
 from rlctl.ops import adam, mean_of, minibatches, minimize
 from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Positive, Spec
 
@@ -90,23 +90,31 @@ class PPO(Agent):
         """E[(V - R)^2] over a minibatch `[B]`."""
         return (v - ret).square().mean()
 
+    def penalty(self, pi: Normal) -> Tensor | None:
+        """-ent_coef entropy, where `pi` are the policy's distributions in a minibatch; None where it weighs nothing."""
+        return -self.cfg.ent_coef * pi.entropy().mean() if self.cfg.ent_coef else None
+
+    def part_done(self) -> float:
+        """Part of the learning rate's way to 0 that lies behind, in [0, 1]."""
+        return min(self.counters["updates"] / self.total_updates, 1.0)
+
     def loss(self, m: Rows) -> tuple[Tensor, Metrics]:
-        """policy_loss + vf_coef value_loss - ent_coef entropy of a minibatch, and the parts to log."""
+        """policy_loss + vf_coef value_loss + penalty of a minibatch, and the parts to log."""
         c = self.cfg
         adv = standardized(m.adv) if c.normalize_advantage else m.adv
         pi = self.pi(m.obs)
         ratio = (pi.log_prob(m.action) - m.logp_old).exp()
         policy_loss, value_loss = self.policy_loss(ratio, adv), self.value_loss(self.v(m.obs), m.ret)
         loss = policy_loss + c.vf_coef * value_loss
-        if c.ent_coef:
-            loss = loss - c.ent_coef * pi.entropy().mean()
+        if (penalty := self.penalty(pi)) is not None:
+            loss = loss + penalty
         return loss, {"losses/policy": policy_loss.detach(), "losses/value": value_loss.detach()}
 
     def update(self, batch: Batch) -> Metrics:
         """`epochs` passes of shuffled minibatches over one rollout `[T, N]`, then the normalisers move."""
         c = self.cfg
         if c.anneal_lr:
-            self.opt.param_groups[0]["lr"] = c.lr * max(1.0 - self.counters["updates"] / self.total_updates, 0.0)
+            self.opt.param_groups[0]["lr"] = c.lr * (1.0 - self.part_done())
         self.counters["updates"] += 1
         rows = self.prepare_rollout(batch)
         log: list[Metrics] = []

@@ -60,13 +60,17 @@ class SAC(Agent):
         if c.alpha <= 0:
             raise ValueError(f"alpha={c.alpha} is no temperature: it must be positive (1e-8 all but switches it off)")
         self.pi = TanhGaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden)
-        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
+        self.q = self.make_critics()
         self.q_lagged = frozen_copy(self.q)
         self.log_alpha = nn.Parameter(torch.tensor(c.alpha).log())
         self.target_entropy = -float(spec.act_dim) if c.target_entropy is None else c.target_entropy
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_alpha = adam([self.log_alpha], c.alpha_lr)
+
+    def make_critics(self) -> QEnsemble:
+        """Two critics."""
+        return QEnsemble(self.spec.obs_dim, self.spec.act_dim, self.cfg.hidden, num=2)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A draw of the squashed Gaussian, or tanh of its mean."""

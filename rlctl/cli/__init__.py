@@ -13,7 +13,25 @@ from typing import Annotated
 
 import typer
 
-from rlctl.cli import algos, config, data, doctor, envs, evaluate, resume, train
+from rlctl.cli import (
+    algos,
+    bench,
+    check,
+    compare,
+    config,
+    data,
+    doctor,
+    envs,
+    evaluate,
+    export,
+    new,
+    plot,
+    report,
+    resume,
+    train,
+    tune,
+    video,
+)
 from rlctl.errors import RlctlError
 
 
@@ -46,11 +64,20 @@ def rlctl(
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("plot")(plot.plot)
+app.command("tune")(tune.tune)
+app.command("export")(export.export)
+app.command("video")(video.video)
 app.command("algos")(algos.algos)
 app.command("envs")(envs.envs)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app)
+app.add_typer(check.app)
+app.add_typer(new.app)
 
 
 def main() -> None:

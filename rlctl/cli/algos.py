@@ -15,8 +15,8 @@ def algos(
     from rlctl.cli.output import print_json, print_table
 
     rows = []
-    for name in agents.names():
-        entry = agents.ENTRIES.get(name)
+    for name in [*agents.names(), *agents.BASELINES]:
+        entry = agents.ENTRIES.get(name) or agents.BASELINES.get(name)
         cls = agents.get(name)
         summary = entry.summary if entry else (cls.__doc__ or "").strip().partition("\n")[0]
         rows.append({"name": name, "regime": cls.regime, "summary": summary, "paper": entry.paper if entry else None})

@@ -117,11 +117,11 @@ def info(dataset: Source, episode_len: EpisodeLen = None, json_: Json = False) -
 
       rlctl data info ~/data/hopper_medium-v2.hdf5 --json
     """
-    from rlctl.cli.output import print_json, print_table
+    from rlctl.cli.output import busy, print_json, print_table
     from rlctl.data.dataset import read
     from rlctl.data.inspect import summarize
 
-    with _busy(f"reading {dataset}"):
+    with busy(f"reading {dataset}"):
         found = summarize(*read(dataset, episode_len=episode_len))
     if json_:
         print_json(found)
@@ -204,10 +204,10 @@ def verify(
     """
     from dataclasses import asdict
 
-    from rlctl.cli.output import print_json
+    from rlctl.cli.output import busy, print_json
     from rlctl.data.inspect import verify as look
 
-    with _busy(f"reading {dataset}"):
+    with busy(f"reading {dataset}"):
         found = look(dataset, episode_len=episode_len, reward_range=reward_range)
     bad = any(f.level == "error" for f in found)
     if json_:
@@ -315,9 +315,10 @@ def convert(
 
       rlctl data convert mine/hopper-v0 --id mine/hopper-v1 --storage parquet
     """
+    from rlctl.cli.output import busy
     from rlctl.data import convert as conversion
 
-    with _busy(f"converting {dataset}", quiet):
+    with busy(f"converting {dataset}", quiet):
         target = conversion.convert(
             dataset, out=out, id=id, storage=storage, env=env, author=author, episode_len=episode_len
         )
@@ -357,19 +358,6 @@ def download(
 
 
 # ------------------------------------------------------------------------------------------------------------ display
-@contextmanager
-def _busy(what: str, quiet: bool = False) -> Iterator[None]:
-    """A sign of life on a terminal, for work of unknown length."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield
-
-
 @contextmanager
 def _progress(unit: str, total: int | None, quiet: bool) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on a terminal, a line every ten seconds in a pipe; both on stderr."""

@@ -23,15 +23,11 @@ def evaluate(
     from rlctl import experiment
     from rlctl.cli.output import print_json
     from rlctl.data.reference import run_score, score_text
-    from rlctl.errors import UsageError
     from rlctl.evaluate import evaluate as run_episodes
 
     agent, settings = experiment.load_agent(run_dir, "best" if best else "latest")
     record = experiment.read_json(run_dir / "run.json")
-    env_id = settings.env or record.get("eval_env")
-    options = record.get("eval_env_options") or settings.env_options
-    if env_id is None:
-        raise UsageError(f"{run_dir} does not name an environment to evaluate in")
+    env_id, options = experiment.evaluated_in(run_dir, settings)
     env = rlctl_envs.make(env_id, min(episodes, 100), seed=seed, device=agent.spec.device, **options)
     result = run_episodes(agent, env, episodes, seed=seed, stochastic=stochastic)
     env.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -26,3 +27,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     if not console.is_terminal:
         console.width = 200
     console.print(table)
+
+
+@contextmanager
+def busy(what: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A sign of life on a terminal, for work of unknown length; call what it yields to say what is done now."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(what) as status:
+        yield status.update

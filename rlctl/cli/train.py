@@ -97,6 +97,7 @@ def train(
 
 def summarize(folder: Path, evaluated: bool) -> None:
     """What came out and where it lies."""
+    from rlctl import agents
     from rlctl.data.reference import score_text
 
     record = json.loads((folder / "run.json").read_text())
@@ -111,4 +112,5 @@ def summarize(folder: Path, evaluated: bool) -> None:
     print(f"run directory:    {folder}")
     print(f"learning curves:  tensorboard --logdir {folder}   (numbers: metrics.jsonl, eval.jsonl)")
     print(f"evaluate again:   rlctl eval {folder}")
-    print(f"train on:         rlctl resume {folder} --steps N")
+    if not agents.get(record["algo"]).one_length:
+        print(f"train on:         rlctl resume {folder} --steps N")

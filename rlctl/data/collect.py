@@ -83,23 +83,13 @@ def roll_out(env: VecEnv, act: Act, steps: int, progress: Progress = lambda done
 
 def load_policy(name: str, share: float = 1.0) -> Policy:
     """`random`, RUN_DIR (its latest checkpoint), RUN_DIR@best, RUN_DIR@STEP; UsageError where there is none."""
-    from rlctl import checkpoint, experiment
+    from rlctl import experiment
 
     if name == "random":
         return Policy(name, share)
     folder, _, which = name.partition("@")
     run = Path(folder)
-    if which in ("", "latest", "best"):
-        agent, settings = experiment.load_agent(run, which or "latest")
-    else:
-        agent, settings = experiment.load_agent(run)
-        steps = which.removeprefix("step_")
-        there = sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir())
-        found = [p for p in there if steps.isdigit() and int(p.name.removeprefix("step_")) == int(steps)]
-        if not found:
-            have = ", ".join(str(int(p.name.removeprefix("step_"))) for p in there)
-            raise UsageError(f"{folder} has no checkpoint '{which}': it has latest, best (if evaluated) and {have}")
-        checkpoint.load_agent(found[0], agent)
+    agent, settings = experiment.load_agent(run, which or "latest")
     record = experiment.read_json(run / "run.json")
     options = record.get("eval_env_options") or settings.env_options
     return Policy(name, share, agent, settings.algo, settings.env or record.get("eval_env"), options)

@@ -307,17 +307,27 @@ def read(
     With `found`, what can be passed over (a damaged episode, a NaN) is noted there instead of raised.
     """
     arrays.check_view(view)
+    file = locate(source)
+    if file.is_dir():
+        return minari_files.read_minari(file, view, obs_keys, found)
+    if obs_keys is not None and is_flat(source):
+        raise DatasetError(f"{source} holds flat observations: leave obs_keys out")
+    return flat_files.read_flat(file, view, episode_len, found)
+
+
+def locate(source: str) -> Path:
+    """Where `read` takes a dataset from: a flat file, or the data folder of a Minari dataset.
+
+    DatasetError, with what to do, if it is nowhere.
+    """
     if is_flat(source):
-        if obs_keys is not None:
-            raise DatasetError(f"{source} holds flat observations: leave obs_keys out")
-        return flat_files.read_flat(flat_files.find_file(source), view, episode_len, found)
+        return flat_files.find_file(source)
     if source in d4rl.catalogue() and source not in minari_files.local_ids(minari_files.minari_root()):
         file = d4rl.local_file(source)
         if file is None:
             raise DatasetError(f"no file of '{source}' in {d4rl.d4rl_root()}: rlctl data download {source}")
-        return flat_files.read_flat(file, view, episode_len, found)
-    data = minari_files.find_minari(source.removesuffix("/main_data.hdf5"))
-    return minari_files.read_minari(data, view, obs_keys, found)
+        return file
+    return minari_files.find_minari(source.removesuffix("/main_data.hdf5"))
 
 
 def is_flat(source: str) -> bool:

@@ -55,7 +55,8 @@ class Shortlist:
     The `size` nearest states of a row are found once, when it is first asked for, by a tree over states alone. The
     squared distance to a listed row is that of the states, which is kept, plus that of the actions. A row outside of
     the list is no nearer than the farthest listed state: where the best listed row is within that distance, it is the
-    nearest of all. The other queries, and those without a row, go to a tree over whole rows.
+    nearest of all. The other queries, and those without a row, go to a tree over whole rows. The lists take 12 `size`
+    bytes per row of the table.
     """
 
     host_reads = Tree.host_reads

@@ -207,7 +207,7 @@ class Composed(GenerativePolicy):
     """Several diffusions, or several flows, sampled as one: in each step their fields are averaged with `weights`.
 
     The parents share levels, sampler and clipping; diffusions may predict different things (all are turned into noise).
-    Weights are at least 0 and sum to 1. Nothing is trained. Source: Cao et al. 2025, arXiv:2510.01068.
+    Weights are at least 0 and sum to 1. Nothing is trained. Source: arXiv:2510.01068.
     """
 
     def __init__(self, policies: Sequence[GenerativePolicy], weights: Sequence[float]) -> None:
@@ -255,7 +255,7 @@ class WarmStarted(Policy):
 
     The first plan takes all K steps. Each later one begins as the plan before, moved on by one action (the last
     repeated), taken for a state `steps` steps before the end, so it costs `steps` instead of K.
-    Source: Duan et al. 2025, arXiv:2508.05396. Differs: the number of steps is given, not derived from a contraction
+    Source: arXiv:2508.05396. Differs: the number of steps is given, not derived from a contraction
     condition; too few and the plan lags behind, too many and it forgets where it started.
     """
 

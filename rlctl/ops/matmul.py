@@ -57,11 +57,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _worth_it(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
     return (
-        multiply_adds >= SMALLEST
-        and ENABLED
+        ENABLED
+        and not torch.compiler.is_compiling()  # before the sizes: comparing them would tie an export to its example's
+        and multiply_adds >= SMALLEST
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
-        and not torch.compiler.is_compiling()
     )
 
 

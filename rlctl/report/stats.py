@@ -128,17 +128,33 @@ def bootstrap(
     `resample_tasks` draws the tasks too: the question is then about tasks that were not run. ValueError below 3 seeds
     or with a NaN.
     """
+    return bootstraps(scores, [statistic], rng, replicates=replicates, level=level, resample_tasks=resample_tasks)[0]
+
+
+def bootstraps(
+    scores: Floats,
+    statistics: Sequence[Statistic],
+    rng: np.random.Generator,
+    *,
+    replicates: int = 50_000,
+    level: float = 0.95,
+    resample_tasks: bool = False,
+) -> list[Interval]:
+    """`bootstrap` of several statistics on the same replicates."""
     _check(scores)
-    estimate = float(statistic(scores))
-    values: list[Floats] = []
+    values: list[list[Floats]] = [[] for _ in statistics]
     chunk = max(1, 4_000_000 // scores.size)  # bounds memory
     for start in range(0, replicates, chunk):
         sample = _resampled(scores, min(chunk, replicates - start), rng)
         if resample_tasks:
             pick = rng.integers(scores.shape[1], size=(len(sample), 1, scores.shape[1]))
             sample = np.take_along_axis(sample, np.broadcast_to(pick, sample.shape), axis=2)
-        values.append(statistic(sample))
-    return _widened(estimate, np.concatenate(values), level, len(scores))
+        for found, statistic in zip(values, statistics, strict=True):
+            found.append(statistic(sample))
+    return [
+        _widened(float(statistic(scores)), np.concatenate(found), level, len(scores))
+        for found, statistic in zip(values, statistics, strict=True)
+    ]
 
 
 def _widened(estimate: float, replicates: Floats, level: float, seeds: int) -> Interval:
@@ -162,6 +178,30 @@ def profile_band(
     bounds = [_widened(float(v), sample[:, i], level, len(scores)) for i, v in enumerate(value)]
     low, high = (np.clip([b[k] for b in bounds], 0.0, 1.0) for k in (1, 2))
     return value, low, high
+
+
+def curve_band(
+    curves: Floats,
+    statistic: Statistic,
+    rng: np.random.Generator,
+    *,
+    replicates: int = 2_000,
+    level: float = 0.95,
+) -> tuple[Floats, Floats, Floats]:
+    """A statistic along `curves` [points, runs, tasks] with a pointwise band: (value, low, high), each [points].
+
+    A replicate draws whole curves: the same seeds at every point.
+    """
+    _check(curves[0])
+    points, runs, tasks = curves.shape
+    value = statistic(curves)
+    sample = np.empty((replicates, points))
+    whole = curves.transpose(1, 2, 0)  # [runs, tasks, points]
+    for i in range(replicates):
+        drawn = whole[rng.integers(runs, size=(runs, tasks)), np.arange(tasks)]
+        sample[i] = statistic(drawn.transpose(2, 0, 1))
+    bounds = [_widened(float(v), sample[:, i], level, runs) for i, v in enumerate(value)]
+    return value, np.array([b.low for b in bounds]), np.array([b.high for b in bounds])
 
 
 def improvement(
@@ -210,6 +250,18 @@ def permutation_test(x: Floats, y: Floats, rng: np.random.Generator, *, permutat
     return (hits + 1) / (permutations + 1)
 
 
+def standardized(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """x `[n, tasks]` and y `[m, tasks]` in standard deviations of each task's n + m runs.
+
+    So that returns of tasks with very different scales weigh the same in `permutation_test`; since the runs are pooled,
+    dealing them out anew leaves the divisor as it is and the test keeps its level. A task without spread gives zeros.
+    """
+    both = np.concatenate([x, y])
+    spread = both.std(0)
+    centred = np.where(spread > 0, (both - both.mean(0)) / np.where(spread > 0, spread, 1.0), 0.0)
+    return centred[: len(x)], centred[len(x) :]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for testing all of them (Holm 1979), in the order given; compare each with the level."""
     order = np.argsort(p_values)
@@ -256,18 +308,22 @@ def ucb_budget_curve(
     low, high = min(min(e) for e in episodes), max(max(e) for e in episodes)
     span = (high - low) or 1.0
     size = min(policies, len(episodes))
+    counts = np.array([len(e) for e in episodes])
+    stored = np.zeros((len(episodes), counts.max()))
+    for row, e in zip(stored, episodes, strict=True):
+        row[: len(e)] = (np.asarray(e) - low) / span
+    # all repeats side by side: [repeats, size]
+    pool = rng.permuted(np.tile(np.arange(len(episodes)), (repeats, 1)), axis=1)[:, :size]
+    total, count, every = np.zeros((repeats, size)), np.zeros((repeats, size)), np.arange(repeats)
     curves = np.empty((repeats, pulls))
-    for r in range(repeats):
-        pool = rng.choice(len(episodes), size, replace=False)
-        total, count = np.zeros(size), np.zeros(size)
-        for t in range(pulls):
-            if t < size:
-                k = t
-            else:
-                k = int(np.argmax(total / count + np.sqrt(alpha * math.log(t + 1) / count)))
-            stored = episodes[int(pool[k])]
-            total[k] += (stored[int(rng.integers(len(stored)))] - low) / span
-            count[k] += 1
-            seen = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
-            curves[r, t] = truth[pool[int(np.argmax(seen))]]
+    for t in range(pulls):
+        if t < size:
+            arm = np.full(repeats, t)
+        else:
+            arm = np.argmax(total / count + np.sqrt(alpha * math.log(t + 1) / count), axis=1)
+        policy = pool[every, arm]
+        total[every, arm] += stored[policy, rng.integers(counts[policy])]
+        count[every, arm] += 1
+        seen = np.where(count > 0, total / np.maximum(count, 1), -np.inf)
+        curves[:, t] = truth[pool[every, np.argmax(seen, axis=1)]]
     return curves.mean(0), curves.std(0, ddof=1) / math.sqrt(repeats)

@@ -21,7 +21,8 @@ from rlctl import checkpoint, experiment
 from rlctl.evaluate import evaluate
 from rlctl_envs import make
 
-VERBS = ["train", "resume", "eval", "algos", "envs", "config", "doctor"]
+VERBS = ["train", "resume", "eval", "report", "compare", "plot", "tune", "export", "video", "check", "new"]
+VERBS += ["algos", "envs", "config", "doctor"]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 """All but tab and newline: a progress bar's carriage returns and escapes."""
 

@@ -116,6 +116,24 @@ def test_coverage_of_the_t_interval() -> None:
     assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
 
 
+def test_bootstraps_share_their_replicates() -> None:
+    scores = rng(8).normal(50, 10, size=(6, 3))
+    both = stats.bootstraps(scores, [stats.mean, lambda s: 2 * stats.mean(s)], rng(1), replicates=500)
+    assert both[0] == stats.bootstrap(scores, stats.mean, rng(1), replicates=500)
+    assert [2 * x for x in both[0]] == pytest.approx(list(both[1]))
+
+
+def test_curve_band_draws_whole_curves() -> None:
+    """Where every seed's curve is a constant, the band is the bootstrap of that constant at every point."""
+    level = rng(6).normal(50, 10, size=(5, 3))
+    value, low, high = stats.curve_band(np.stack([level] * 4), stats.iqm, rng(), replicates=3_000)
+    at_once = stats.bootstrap(level, stats.iqm, rng(), replicates=30_000)
+    np.testing.assert_allclose(value, at_once.value)
+    assert np.ptp(low) == np.ptp(high) == 0  # the same seeds at every point
+    assert low[0] == pytest.approx(at_once.low, abs=0.7)
+    assert high[0] == pytest.approx(at_once.high, abs=0.7)
+
+
 def test_profile_band() -> None:
     scores, at = rng(2).uniform(0, 100, size=(6, 4)), np.linspace(-10, 110, 13)
     value, low, high = stats.profile_band(scores, at, rng(), replicates=300)
@@ -153,6 +171,19 @@ def test_permutation_test_holds_its_level() -> None:
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.03)
     assert stats.permutation_test(np.full((5, 2), 9.0), np.zeros((5, 2)), g, permutations=1000) < 0.01
     assert stats.permutation_test(np.zeros((5, 2)), np.zeros((5, 2)), g, permutations=100) == 1.0
+
+
+def test_standardizing_leaves_the_test_of_one_task_alone() -> None:
+    g = rng(9)
+    x, y = g.normal(0, 1, (6, 1)), g.normal(0.8, 1, (6, 1))
+    raw = stats.permutation_test(x, y, rng(0), permutations=4000)
+    assert stats.permutation_test(*stats.standardized(x, y), rng(0), permutations=4000) == raw
+    scaled = stats.standardized(np.hstack([x, x]) * [1, 1e6], np.hstack([y, y]) * [1, 1e6])
+    for side in scaled:
+        np.testing.assert_allclose(side[:, 0], side[:, 1])
+    a, b = stats.standardized(np.full((3, 1), 7.0), np.full((4, 1), 7.0))
+    assert not a.any()
+    assert not b.any()
 
 
 def test_holm_by_hand() -> None:

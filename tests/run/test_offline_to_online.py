@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "odice": {"v_hidden": [8, 8]},
     "pa-rl": {"base_net": "mlp", "base_hidden": [8], "base_steps": 2, "num_candidates": 4, "num_kept": 2}
     | {"search_steps": 1, "num_critics": 2, "num_actions": 2},
+    "diffusion-ql": {"num_candidates": 3, "diffusion_steps": 2},
+    "fql": {"flow_steps": 2},
+    "idql": {"critic_hidden": [8, 8], "width": 8, "blocks": 1, "num_candidates": 3},
+    "ifql": {"critic_hidden": [8, 8], "flow_steps": 2, "num_candidates": 3},
 }
 ONLINE = [n for n in agents.names() if issubclass(agents.get(n).Config, OfflineRLConfig)]
 ABLE = [n for n in ONLINE if not agents.get(n).offline_only]
@@ -38,7 +43,8 @@ def o2o(algo: str, tmp_path: Path, **layers: Any) -> Settings:
     data = tmp_path / "d.hdf5"
     if not data.exists():
         hdf5(data)
-    layers = SMALL | EXTRA.get(algo, {}) | layers
+    known = {f.name for f in fields(agents.get(algo).Config)}
+    layers = {k: v for k, v in SMALL.items() if k in known} | EXTRA.get(algo, {}) | layers
     return settings(algo, layers.pop("env", "Hopper"), data, **layers)
 
 
@@ -53,6 +59,7 @@ def o2o(algo: str, tmp_path: Path, **layers: Any) -> Settings:
         ("famo2o-iql", {"offline_updates": 0}, [1, 30]),
         ("pa-rl", {"num_envs": 2}, [29, 11, 1]),  # clones, learns values, then distils
         ("td3bc", {"steps": 30, "buffer_size": 20}, [40, 25]),
+        ("diffusion-ql", {"ema_start": 20}, [30, 25]),  # with its slow copy and its fixed noise
     ],
 )
 def test_resumed_anywhere_it_equals_an_unbroken_run(
@@ -96,8 +103,7 @@ def test_every_learner_that_can_goes_on(algo: str, tmp_path: Path, monkeypatch: 
     assert record["progress"] == 100
     assert rows(folder / "metrics.jsonl")[-1]["env_steps"] == 60
     # the same agent that only saw the data has the same statistics
-    only = settings(algo, "Hopper", tmp_path / "d.hdf5", **(SMALL | EXTRA.get(algo, {}) | {
-        "normalize_obs": True, "offline_updates": None, "steps": 3}))  # fmt: skip
+    only = o2o(algo, tmp_path, normalize_obs=True, offline_updates=None, steps=3)
     experiment.train(only, tmp_path / "only", quiet=True)
     ours, theirs = experiment.load_agent(folder)[0], experiment.load_agent(tmp_path / "only")[0]
     for name in ("obs_norm", "reward"):
@@ -116,9 +122,9 @@ def test_who_does_not_and_why(tmp_path: Path) -> None:
         data = None if algo == "sac" else hdf5(tmp_path / "d.hdf5")
         with pytest.raises(UsageError, match=f"{algo} does not go from a dataset .*{why}.*leave --offline-updates out"):
             settings(algo, "Hopper", data, offline_updates=10)
-    assert sorted(ABLE) == sorted(
-        ["td3bc", "prdc", "a2pr", "iql", "cql", "cal-ql", "awac", "edac", "rebrac", "famo2o-iql", "famo2o-cql", "odice"]
-    )
+    gaussian = ["td3bc", "prdc", "a2pr", "iql", "cql", "cal-ql", "awac", "edac", "rebrac", "odice"]
+    gaussian += ["famo2o-iql", "famo2o-cql"]
+    assert sorted(ABLE) == sorted([*gaussian, "diffusion-ql", "fql", "idql", "ifql"])
 
 
 def test_an_environment_is_needed(tmp_path: Path) -> None:

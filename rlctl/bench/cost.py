@@ -1,0 +1,104 @@
+"""What a grid costs, from what its cells cost before: measured speed or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rlctl.bench.suite import Cell
+from rlctl.experiment import read_json
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Steps per second of finished runs, evaluations included (the median of them)."""
+
+    steps_per_second: float
+    runs: int
+    same_settings: bool
+    """Whether they had the very settings of the cell, or only its algorithm and its task."""
+
+
+class Speeds:
+    """Measured speeds of the finished runs under some folders."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self._by_key: dict[str, list[float]] = {}
+        self._by_pair: dict[tuple[str, str], list[float]] = {}
+        for file in {f.resolve() for folder in folders for f in _records(folder)}:
+            try:
+                record = read_json(file)
+            except (OSError, ValueError):
+                continue
+            seconds = sum((record.get("spent_s") or {}).values())
+            if record.get("status") != "done" or not record.get("progress") or seconds <= 0:
+                continue
+            speed = record["progress"] / seconds
+            self._by_key.setdefault(str(record.get("config_key")), []).append(speed)
+            pair = str(record.get("algo")), str(record.get("data") or record.get("env"))
+            self._by_pair.setdefault(pair, []).append(speed)
+
+    def of(self, cell: Cell) -> Speed | None:
+        """What is known of a cell; None if nothing like it was ever measured."""
+        s = cell.settings
+        if seen := self._by_key.get(s.key()):
+            return Speed(median(seen), len(seen), True)
+        if seen := self._by_pair.get((s.algo, str(s.data or s.env))):
+            return Speed(median(seen), len(seen), False)
+        return None
+
+
+def _records(folder: Path) -> Iterator[Path]:
+    for at, folders, files in os.walk(folder):
+        if "run.json" in files:
+            yield Path(at) / "run.json"
+            folders.clear()  # nothing below a run directory
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of the cells that are left to do."""
+
+    cells: int
+    steps: int
+    seconds: float
+    """Of one slot, of the cells whose speed is known."""
+    unknown: list[str]
+    """COLUMN on SOURCE without a measured speed."""
+    loose: bool
+    """Some speeds are those of other settings."""
+
+    def lines(self, slots: int) -> list[str]:
+        """For the person."""
+        out = [f"to do: {self.cells} runs, {self.steps:,} steps"]
+        if self.cells and self.seconds:
+            hours = self.seconds / 3600
+            about = " (partly from runs with other settings)" if self.loose else ""
+            out.append(
+                f"at measured speed{about}: {hours:.2f} h of computing, {hours / slots:.2f} h with {slots} at a time"
+            )
+        if self.unknown:
+            out.append(f"time unknown, never measured here: {', '.join(self.unknown)}")
+        return out
+
+
+def estimate(cells: list[Cell], speeds: Speeds) -> Estimate:
+    """Steps and time of `cells`, all of them from their start."""
+    seconds, unknown, loose = 0.0, [], False
+    for c in cells:
+        speed = speeds.of(c)
+        if speed is None:
+            unknown.append(f"{c.column} on {c.source}")
+        else:
+            seconds += c.steps / speed.steps_per_second
+            loose |= not speed.same_settings
+    return Estimate(len(cells), sum(c.steps for c in cells), seconds, list(dict.fromkeys(unknown)), loose)
+
+
+def as_json(e: Estimate) -> dict[str, Any]:
+    """The same for programs."""
+    return {"runs": e.cells, "steps": e.steps, "seconds": e.seconds if e.cells else 0.0, "unknown": e.unknown}

@@ -1,0 +1,156 @@
+"""The report as one HTML file: no script, no network, light and dark, readable on a phone, printable."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from rlctl.report import charts, svg, tables
+from rlctl.report.analysis import Analysis, Family
+from rlctl.report.runs import COUNTED
+
+ROWS_SHOWN = 15
+"""Of the runs that need attention; the rest is folded away."""
+
+
+def render(analysis: Analysis, title: str) -> str:
+    """The whole page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("rlctl.report").joinpath("page.html").read_text())
+    troubles, more_troubles = tables.troubles(analysis).split(ROWS_SHOWN)
+    families = [_family(analysis, f) for f in analysis.families]
+    return template.render(
+        title=title,
+        facts=_facts(analysis),
+        chart_style=Markup(svg.style_sheet()),
+        swatch=lambda style: Markup(svg.swatch(style)),
+        claims=analysis.claims,
+        cautions=analysis.cautions,
+        warnings=analysis.grid.warnings,
+        imported=any(c.origin != "rlctl" for c in analysis.grid.columns),
+        contents=_contents(families),
+        families=families,
+        compute=tables.compute(analysis),
+        troubles=troubles,
+        more_troubles=more_troubles,
+        variants=tables.variants(analysis),
+        commands=tables.commands(analysis),
+        versions=tables.versions(analysis),
+        scales=tables.scales(analysis),
+        protocols=_protocols(analysis),
+        runs=tables.runs(analysis),
+        made=_made(analysis),
+    )
+
+
+def _facts(analysis: Analysis) -> str:
+    records = [r for _, r in analysis.grid.records if r.status != "missing"]
+    counted = sum(r.status in COUNTED for r in records)
+    parts = [
+        _count(len(records), "run"),
+        f"{counted} finished",
+        _count(len(analysis.grid.columns), "column"),
+        _count(len(analysis.grid.tasks), "task"),
+    ]
+    return ", ".join(parts) + "."
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _made(analysis: Analysis) -> str:
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return (
+        f"Made by rlctl {version('rlctl')} on {today}; bootstrap seed {analysis.seed}, {analysis.replicates:,} "
+        "replicates. "
+        "The seed of a run is the unit of all statistics; episodes of one seed are never pooled as if they were runs."
+    )
+
+
+def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
+    style = charts.styles(analysis)
+    efficiency, profile = charts.efficiency_panel(analysis, f), charts.profile_panel(analysis, f)
+    absent = [c for c in f.aggregates if c not in {b.column for b in f.efficiency}]
+    note = ""
+    if f.efficiency:
+        note = "The left curve ends at the smallest budget of all its columns and tasks."
+    if absent:
+        note += f" Without a curve: {', '.join(absent)}."
+    budget_algos = sorted({b.algo for found in f.budgets.values() for b in found})
+    return {
+        "name": f.name,
+        "results": tables.results(analysis, f),
+        "aggregates": tables.aggregates(analysis, f),
+        "not_aggregated": {**f.not_aggregated, **f.tasks_left_out},
+        "dots": _drawn([svg.dots(d) for d in charts.aggregate_dots(analysis, f)]),
+        "curves": _drawn([svg.panel(p) for p in charts.curve_panels(analysis, f)]),
+        "legend": [(c, style[c]) for c in f.columns],
+        "aggregate_legend": [(c, style[c]) for c in f.aggregates],
+        "profiles": _drawn([svg.panel(p) for p in (efficiency, profile) if p is not None]),
+        "efficiency_note": note,
+        "improvement": tables.improvement(analysis, f),
+        "budgets": _drawn([svg.panel(p) for p in charts.budget_panels(analysis, f)]),
+        "budget_legend": [(a, i) for i, a in enumerate(budget_algos)],
+        "budget_notes": _budget_notes(f),
+    }
+
+
+def _drawn(texts: Sequence[str]) -> list[Markup]:
+    return [Markup(x) for x in texts]
+
+
+def _budget_notes(f: Family) -> list[str]:
+    """Pools by size, and the closed form beside the bandit."""
+    notes = []
+    for task, found in f.budgets.items():
+        parts = [
+            f"{b.algo}: {b.policies} policies of {b.configs} config{'s' * (b.configs != 1)}, expected best of "
+            f"{len(b.expected)} fully known ones {b.expected[-1]:.1f}"
+            for b in found
+        ]
+        notes.append(f"{task.name}: {'; '.join(parts)}.")
+    if any(b.configs == 1 for found in f.budgets.values() for b in found):
+        notes.append("A pool of one config holds nothing but luck of the seed to choose from.")
+    return notes
+
+
+def _protocols(analysis: Analysis) -> list[str]:
+    """Who measured how, by column."""
+    found: dict[str, list[str]] = {}
+    for c in analysis.grid.columns:
+        runs = [r for (name, _), cell in analysis.grid.cells.items() if name == c.name for r in cell]
+        for r in runs:
+            names = found.setdefault(f"{r.protocol} ({_episodes([len(x.episodes) for x in runs])})", [])
+            if c.name not in names:
+                names.append(c.name)
+    return [f"{', '.join(names)}: {what}" for what, names in found.items()]
+
+
+def _episodes(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low} episodes" if low == high else f"{low} to {high} episodes"
+
+
+def _contents(families: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    several = len(families) > 1
+    out = []
+    parts = (
+        ("results", "scores", "Scores"),
+        ("aggregates", "aggregates", "Aggregates"),
+        ("curves", "curves", "Curves"),
+        ("profiles", "profiles", "Profiles"),
+        ("improvement", "improvement", "Improvement"),
+        ("budgets", "budgets", "Budgets"),
+    )
+    for i, f in enumerate(families, 1):
+        for key, id, name in parts:
+            if f[key]:
+                out.append((f"{id}-{i}", f"{name} ({f['name']})" if several else name))
+    return [*out, ("compute", "Compute"), ("attention", "Attention"), ("provenance", "Provenance")]

@@ -1,0 +1,345 @@
+"""Finished and unfinished runs as records, read from their directories."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
+
+from rlctl.data.reference import dataset_labels
+from rlctl.errors import UsageError
+from rlctl.report.stats import Floats
+
+Status = Literal["done", "diverged", "failed", "unfinished", "missing", "unreadable"]
+COUNTED = ("done", "diverged")
+"""A diverged run counts with the score it had reached: leaving it out would flatter its algorithm."""
+
+PLAN = "bench.json"
+"""What a suite meant to run; written into its folder by `rlctl bench`."""
+
+LAST_AGENT = "deterministic episodes of the last agent"
+LAST_EVALUATION = "deterministic episodes of the last evaluation in training"
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Task(NamedTuple):
+    """What is compared across algorithms. Tasks of different families never share a table or an aggregate."""
+
+    family: str
+    """`online`, or where the data is from: `D4RL`, `Minari` (its re-collected sets included), `own data`."""
+    name: str
+    """Environment id with what differs from its published form, or the dataset's id with its version."""
+    env: str | None = None
+    unit: str = "environment steps"
+    """Of the x axis: `environment steps`, `updates`, or what an imported log counts."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run: who, on what, how it went, what it scored."""
+
+    where: str
+    """Its path as found."""
+    algo: str
+    task: Task
+    seed: int | None
+    status: Status
+    _: KW_ONLY
+    label: str = ""
+    """Name of its column in the suite it belongs to; empty: the algorithm names it."""
+    origin: str = "rlctl"
+    """`rlctl`, or whose log was imported."""
+    protocol: str = LAST_AGENT
+    """What `episodes` are; scores of different protocols are not compared in claims."""
+    episodes: tuple[float, ...] = ()
+    """Raw returns of the episodes behind the score."""
+    curve: tuple[Floats, Floats] = field(default_factory=lambda: (np.empty(0), np.empty(0)))
+    """Step and mean raw return of each evaluation."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Resolved settings by dotted name, without seed, paths and what only concerns the logs."""
+    config: str = ""
+    """Hash of the settings that decide the result (all but seed and paths)."""
+    steps: int = 0
+    """Made so far, in the task's unit."""
+    planned: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock by what it was spent on: collect, learn, eval; or `total`."""
+    selection: tuple[float, int] | None = None
+    """Best evaluation in training, and how many episodes it took to pick it."""
+    note: str = ""
+    """What went wrong, in a line."""
+    started: str = ""
+    physics: str = "unknown"
+    """`published`, `native`, or `unknown` for imported runs."""
+    commit: str = "unknown"
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    machine: str = "unknown"
+    command: tuple[str, ...] = ()
+
+    @property
+    def score(self) -> float | None:
+        """Mean raw return; None for a run that does not count or was never evaluated."""
+        counts = self.status in COUNTED and len(self.episodes) > 0
+        return float(np.mean(self.episodes)) if counts else None
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+def load(paths: Iterable[str | Path]) -> list[RunRecord]:
+    """Every run under `paths`: our run directories and whatever `importers` knows. UsageError if there is none."""
+    from rlctl.report import importers
+
+    places = [Path(p) for p in paths]
+    found: list[RunRecord] = []
+    plans: list[Path] = []
+    for path in places:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist: give run directories, folders of them, or CSV files")
+        if path.is_file():
+            found += importers.from_file(path)
+            continue
+        for folder, files in _folders(path):
+            if PLAN in files:
+                plans.append(folder)
+            found += [read_run(folder)] if is_run(folder, files) else importers.from_folder(folder, files, path)
+    if not found:
+        names = ", ".join(map(str, places))
+        raise UsageError(f"no run in {names}: a run directory holds run.json; also read are {importers.KINDS}")
+    unique = list({r.where: r for r in found if not r.where.endswith(".csv")}.values())
+    for folder in dict.fromkeys(plans):
+        unique = _as_planned(folder, unique)
+    return [*unique, *(r for r in found if r.where.endswith(".csv"))]
+
+
+def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
+    """The runs of a suite with its command and the names of its columns; cells without one become `missing` records."""
+    try:
+        plan = json.loads((suite / PLAN).read_text())
+        cells = {str(suite / c["id"]): c for c in plan["cells"]}
+        name, command = plan["suite"], tuple(plan.get("command") or ())
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        note = _line(f"{PLAN} cannot be read, so cells it planned may be missing unnoticed: {type(e).__name__}: {e}")
+        task = Task("unknown", "unknown")
+        return [*records, RunRecord(str(suite / PLAN), "unknown", task, None, "unreadable", note=note)]
+    named = [replace(r, label=cells[r.where]["column"], command=command) if r.where in cells else r for r in records]
+    tasks = {cells[r.where]["source"]: r.task for r in records if r.where in cells}
+    errors = _errors(suite / "ledger.jsonl")
+    started = {r.where for r in records}
+    for where, c in cells.items():
+        if where in started:
+            continue
+        guess = Task("online", c["source"], c["env"]) if c["data"] is None else Task("own data", c["source"], c["env"])
+        note = errors.get(c["id"]) or f"planned by the suite '{name}', not started"
+        task = tasks.get(c["source"], guess)
+        lost = RunRecord(where, c["algo"], task, c["seed"], "missing", label=c["column"], note=note, planned=c["steps"])
+        named.append(lost)
+    return named
+
+
+def _errors(ledger: Path) -> dict[str, str]:
+    """The last error of each cell that has one."""
+    found = {}
+    for line in ledger.read_text(errors="replace").splitlines() if ledger.exists() else []:
+        try:
+            row = json.loads(line)
+            if row.get("error"):
+                found[str(row["cell"])] = _line(f"{row['event']}: {row['error']}")
+        except (ValueError, KeyError, AttributeError):
+            continue
+    return found
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Directories that may hold a run; not below one, and nothing hidden."""
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        below[:] = [] if is_run(here, files) else sorted(d for d in below if not d.startswith("."))
+        yield here, sorted(files)
+
+
+def is_run(folder: Path, files: list[str]) -> bool:
+    """Whether `folder` with these files is a run directory of ours."""
+    if "run.json" in files:
+        return True
+    return "config.yaml" in files and any(f in files for f in ("console.log", ".lock")) and "run.json" not in files
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def read_run(folder: Path) -> RunRecord:
+    """One run directory, in whatever state it is. Never raises for what a killed run may leave behind."""
+    try:
+        config = yaml.load((folder / "config.yaml").read_text(), _Loader) if (folder / "config.yaml").exists() else {}  # noqa: S506 - a safe loader
+        record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+        if not isinstance(config, dict) or not isinstance(record, dict):
+            raise ValueError("not a mapping")
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        note = f"{folder.name} cannot be read: {type(e).__name__}: {e}"
+        return RunRecord(str(folder), "unknown", Task("unknown", "unknown"), None, "unreadable", note=_line(note))
+    last = _last_row(folder / "metrics.jsonl")
+    task = _task(record, config, online=last.get("env_steps", 0) > 0)
+    status, note = _status(record)
+    counts = "updates" if task.unit == "updates" else "env_steps"
+    evaluations, final, damaged = _evaluations(folder / "eval.jsonl", counts)
+    curve = np.array(sorted(evaluations)), np.array([np.mean(evaluations[k]) for k in sorted(evaluations)])
+    episodes, protocol = final, LAST_AGENT
+    if not episodes and evaluations:
+        episodes, protocol = evaluations[max(evaluations)], LAST_EVALUATION
+    if not all(map(math.isfinite, episodes)):
+        status, note, episodes = "failed", "an evaluation returned a number that is not finite", []
+    elif status in COUNTED and not episodes:
+        note = _join(note, "never evaluated: it has no score")
+    session = (record.get("sessions") or [{}])[-1]
+    first = (record.get("sessions") or [{}])[0]
+    machine, git = session.get("machine") or {}, session.get("git") or {}
+    outcome = record.get("final") or {}
+    best, used = outcome.get("best_eval_mean"), outcome.get("eval_episodes_used_total")
+    spent = record.get("spent_s") or {
+        k: last[f"time/{k}_s"] for k in ("collect", "learn", "eval") if f"time/{k}_s" in last
+    }
+    return RunRecord(
+        where=str(folder),
+        algo=str(record.get("algo") or config.get("algo") or "unknown"),
+        task=task,
+        seed=record.get("seed", config.get("seed")),
+        label=str(record.get("column") or ""),
+        status=status,
+        protocol=protocol,
+        episodes=tuple(episodes),
+        curve=curve,
+        settings=_settings(config),
+        config=str(record.get("config_key") or ""),
+        steps=int(last.get(counts) or record.get("progress") or 0),
+        planned=(config.get("agent") or {}).get("steps"),
+        seconds={k: float(v) for k, v in spent.items()},
+        selection=None if best is None or used is None else (float(best), int(used)),
+        note=_join(note, f"{damaged} damaged rows in eval.jsonl" if damaged else ""),
+        started=str(record.get("started") or ""),
+        physics=str(record.get("physics") or "unknown"),
+        commit=_commit(git),
+        versions=session.get("versions") or {},
+        machine=_machine(machine),
+        command=tuple(first.get("command") or ()),
+    )
+
+
+def _status(record: Mapping[str, Any]) -> tuple[Status, str]:
+    """Status and the reason for it, from run.json (empty: the run was killed before it wrote any)."""
+    said, error = record.get("status"), _line(record.get("error") or "")
+    if said == "done":
+        return "done", ""
+    if said == "failed":
+        return ("diverged" if error.startswith("Diverged") else "failed"), error
+    if said == "preempted":
+        return "unfinished", "interrupted; `rlctl resume` goes on with it"
+    if said == "running":
+        return "unfinished", f"running, or killed; last heard of {record.get('updated', 'never')}"
+    return "unfinished", "never got to its first record"
+
+
+def _task(record: Mapping[str, Any], config: Mapping[str, Any], online: bool) -> Task:
+    """`online`: the run has made environment steps, which one that only learns from a dataset never does."""
+    data, trains_in = record.get("data", config.get("data")), record.get("env", config.get("env"))
+    env = record.get("eval_env") or trains_in
+    options = dict(record.get("eval_env_options") or config.get("env_options") or {})
+    if options.get("physics") == "published":
+        del options["physics"]
+    changed = f" ({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})" if options else ""
+    if data is None:
+        return Task("online", f"{env}{changed}", env)
+    found = record.get("dataset") or {}
+    labels = found if "benchmark" in found else dataset_labels(str(data), "")
+    family = {"own": "own data"}.get(labels["benchmark"], str(labels["benchmark"]))
+    name = str(labels["dataset"]) + ("" if record.get("dataset") is None else _version(labels)) + changed
+    if trains_in and online:
+        return Task(f"{family}, then online", f"{trains_in} from {name}", env)
+    return Task(family, name, env, "updates")
+
+
+def _version(labels: Mapping[str, Any]) -> str:
+    version = labels.get("dataset_version")
+    return "" if version is None or str(labels["dataset"]).endswith(f"-v{version}") else f" v{version}"
+
+
+def _evaluations(file: Path, counts: str) -> tuple[dict[int, list[float]], list[float], int]:
+    """Deterministic returns by step of the evaluations in training, those of the final one, and unreadable rows.
+
+    A last line that breaks off is what a killed run leaves and no damage.
+    """
+    during: dict[int, list[float]] = {}
+    final: list[float] = []
+    damaged = 0
+    lines = file.read_text().splitlines() if file.exists() else []
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            if not row["deterministic"]:
+                continue
+            if row["final"]:
+                final.append(float(row["return"]))
+            else:
+                during.setdefault(int(row[counts]), []).append(float(row["return"]))
+        except (ValueError, KeyError, TypeError):
+            damaged += i < len(lines) - 1
+    return during, final, damaged
+
+
+def _last_row(file: Path) -> dict[str, Any]:
+    """The last whole row of a file of JSON lines; only its end is read."""
+    if not file.exists():
+        return {}
+    with file.open("rb") as f:
+        f.seek(max(0, file.stat().st_size - 20_000))
+        lines = f.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
+_NOT_SETTINGS = ("seed", "device", "run", "env", "data", "algo")
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted name; those of the agent without its section's name."""
+    sections = {k: v for k, v in config.items() if k not in _NOT_SETTINGS and k != "agent"}
+    return dict(_flat({**sections, **(config.get("agent") or {})}))
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _commit(git: Mapping[str, Any]) -> str:
+    if not git.get("commit"):
+        return "unknown"
+    return str(git["commit"])[:10] + (f" + changes {git['dirty']}" if git.get("dirty") else "")
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    """Without the host's name: what matters for speed."""
+    if not machine:
+        return "unknown"
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    return f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores{gpu}"
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def _join(*parts: str) -> str:
+    return "; ".join(p for p in parts if p)

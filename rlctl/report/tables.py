@@ -1,0 +1,352 @@
+"""The tables of a report, as entries that the page and the text formats print alike."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from typing import NamedTuple
+
+from rlctl.report.analysis import METRICS, Analysis, Cell, Family, Pair, p_value
+from rlctl.report.runs import RunRecord
+from rlctl.report.stats import MIN_FOR_AGGREGATE, Interval
+
+WIDE = 4
+"""Columns from which a table with few tasks is turned, so that it grows downwards."""
+
+
+class Entry(NamedTuple):
+    """What stands in a cell."""
+
+    text: str
+    small: str = ""
+    """Below it, in one or several lines."""
+    strong: bool = False
+    shade: float | None = None
+    """-1 to 1, for a background: bad to good."""
+    title: str = ""
+    style: int | None = None
+    """Of the column it names, for a swatch."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header, rows, and the sentence below."""
+
+    header: list[Entry]
+    rows: list[list[Entry]]
+    caption: str = ""
+
+    def split(self, rows: int) -> tuple[Table, Table]:
+        """Its first rows, and the rest."""
+        return Table(self.header, self.rows[:rows], self.caption), Table(self.header, self.rows[rows:])
+
+    def turned(self, corner: str) -> Table:
+        """Rows as columns, under a first column named `corner`."""
+        whole = [self.header, *self.rows]
+        flipped = [list(x) for x in zip(*whole, strict=True)]
+        return Table([Entry(corner), *flipped[0][1:]], flipped[1:], self.caption)
+
+
+def number(x: float) -> str:
+    """As many digits as a reader can use."""
+    digits = 0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2
+    return f"{x:,.{digits}f}".replace("-", "−")
+
+
+def estimate(values: Sequence[float], interval: Interval | None) -> str:
+    """`mean ± half width` of a t interval, or the mean alone."""
+    mean = sum(values) / len(values)
+    if interval is None:
+        return number(mean)
+    half = (interval.high - interval.low) / 2
+    digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2
+    return f"{mean:,.{digits}f} ± {half:,.{digits}f}".replace("-", "−")
+
+
+def bounds(i: Interval, digits: int = 1) -> str:
+    """`[low, high]`."""
+    return f"[{i.low:,.{digits}f}, {i.high:,.{digits}f}]".replace("-", "−")
+
+
+def results(analysis: Analysis, family: Family) -> Table:
+    """Scores by task and column."""
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    header = [Entry("task"), *(Entry(c, style=style[c]) for c in family.columns)]
+    rows = [[Entry(t.name), *(_result(family, family.cells.get((c, t))) for c in family.columns)] for t in family.tasks]
+    cells = list(family.cells.values())
+    caption = "Mean over seeds of the raw return"
+    if family.name != "online" and family.scales:
+        caption = "Mean over seeds of the normalised score (raw return below)"
+    elif family.scales:
+        caption += " (normalised score below)"
+    caption += "; ± is half of a 95% t interval, left out below 3 seeds."
+    if any(c.among_best for c in cells):
+        caption += " Bold: no permutation test (Holm over the row, 5%) separates it from the highest mean of its task."
+    if any(c.diverged for c in cells):
+        caption += " †: diverged runs among the seeds, counted with the last evaluation they reached."
+    table = Table(header, rows, caption)
+    return table.turned("column") if len(family.columns) > WIDE and len(family.columns) > len(family.tasks) else table
+
+
+def _result(family: Family, cell: Cell | None) -> Entry:
+    if cell is None:
+        return Entry("–", title="no run with a score")
+    raw = estimate(cell.raw.tolist(), cell.mean)
+    scaled = None if cell.normalized is None else estimate(cell.normalized.tolist(), cell.normalized_mean)
+    n = len(cell.raw)
+    seeds = f"{n} seed{'s' * (n != 1)}" + (f", {cell.diverged} diverged †" if cell.diverged else "")
+    first, second = (raw, scaled) if family.name == "online" or scaled is None else (scaled, raw)
+    kind = "score" if first is raw else "return"
+    small = f"{kind} {second}\n{seeds}" if second is not None else seeds
+    each = ", ".join(f"{number(float(x))}" for x in cell.raw)
+    return Entry(first, small, cell.among_best, title=f"{cell.column} on {cell.task.name}, by seed: {each}")
+
+
+def aggregates(analysis: Analysis, family: Family) -> Table | None:
+    """Over tasks, with the bootstrap's intervals."""
+    if not family.aggregates:
+        return None
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    header = [Entry("column"), Entry("seeds"), *(Entry(m) for m in METRICS)]
+    rows = [
+        [
+            Entry(c, style=style[c]),
+            Entry(str(family.aggregate_seeds[c])),
+            *(Entry(f"{found[m].value:.1f}", bounds(found[m])) for m in METRICS),
+        ]
+        for c, found in family.aggregates.items()
+    ]
+    n = len(family.aggregate_tasks)
+    names = ", ".join(t.name for t in family.aggregate_tasks)
+    caption = (
+        f"Normalised scores (0: random policy, 100: reference) over {n} task{'s' * (n != 1)} that all these columns "
+        f"have with at least {MIN_FOR_AGGREGATE} seeds: {names}. 95% intervals from a bootstrap stratified by task "
+        f"({analysis.replicates:,} replicates), widened by √(n/(n−1)) for few seeds. The IQM leaves out the lowest and "
+        "the highest quarter of all runs, with few tasks perhaps a whole task: read it beside the table by task. "
+        "Optimality gap: smaller is better."
+    )
+    return Table(header, rows, caption)
+
+
+def improvement(analysis: Analysis, family: Family) -> Table | None:
+    """P(row beats column)."""
+    if not family.pairs:
+        return None
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    names = [c for c in family.columns if any(c in (p.a, p.b) for p in family.pairs)]
+    found = {(p.a, p.b): p for p in family.pairs}
+    rows = []
+    for a in names:
+        row = [Entry(a, style=style[a])]
+        for b in names:
+            pair, turned = (found.get((a, b)), False) if (a, b) in found else (found.get((b, a)), True)
+            row.append(Entry("") if pair is None else _pair(pair, turned))
+        rows.append(row)
+    caption = (
+        "Probability that a run of the row scores higher than a run of the column on the same task, averaged over the "
+        "tasks both have, with its 95% interval. Bold: the interval excludes one half and the Holm-corrected "
+        "permutation test gives p < 0.05; only then is one called better."
+    )
+    return Table([Entry("row beats column"), *(Entry(n) for n in names)], rows, caption)
+
+
+def _pair(p: Pair, turned: bool) -> Entry:
+    i = p.probability
+    if turned:
+        i = Interval(1 - i.value, 1 - i.high, 1 - i.low)
+    strong = p.verdict in ("better", "worse")
+    note = (
+        "protocols differ"
+        if not p.comparable
+        else f"p = {p_value(p.p)}" + (f"\n{p.unequal} differ" if p.unequal else "")
+    )
+    title = f"{len(p.tasks)} tasks: {', '.join(t.name for t in p.tasks)}; {note}"
+    return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}]\n{note}", strong, 2 * i.value - 1, title)
+
+
+def compute(analysis: Analysis) -> Table:
+    """Wall-clock, speed, and the episodes that selecting the best checkpoint would have cost."""
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    names = (
+        "column",
+        "task",
+        "runs",
+        "minutes per run",
+        "collect / learn / evaluate",
+        "steps per second",
+        "best in training",
+    )
+    rows = []
+    for r in analysis.compute:
+        best = [x.selection[0] for x in analysis.grid.cells[r.column, r.task] if x.selection]
+        shares = " / ".join(f"{r.shares[k]:.0%}" for k in ("collect", "learn", "eval")) if "learn" in r.shares else "–"
+        rows.append(
+            [
+                Entry(r.column, style=style[r.column]),
+                Entry(r.task.name),
+                Entry(str(r.runs)),
+                Entry(number(r.minutes)),
+                Entry(shares),
+                Entry(f"{r.speed:,.0f}", "" if r.task.unit == "environment steps" else r.task.unit),
+                Entry(
+                    number(sum(best) / len(best)) if best else "–",
+                    f"picked with {r.eval_episodes:.0f} episodes" if best else "",
+                ),
+            ]
+        )
+    hours = sum(r.hours for r in analysis.compute)
+    machines = sorted({m for r in analysis.compute for m in r.machines})
+    caption = (
+        f"{hours:,.{1 if hours >= 1 else 2}f} hours of wall-clock in all, on: {'; '.join(machines)}." if rows else ""
+    )
+    if len(machines) > 1:
+        caption += " Speeds of different machines are not comparable."
+    if rows:
+        caption += (
+            " Wall-clock counts whatever else ran there. Best in training: mean return of the best evaluation, "
+            "with the online episodes it took to pick it; all other scores are the last agent's, which need none."
+        )
+    return Table([Entry(n) for n in names], rows, caption)
+
+
+def troubles(analysis: Analysis) -> Table:
+    """Runs that failed, diverged, are unfinished, missing or unreadable."""
+    paths = short_paths([r for _, r in analysis.grid.records])
+    rows = []
+    for column, r in analysis.grid.troubles:
+        seed = "" if r.seed is None else str(r.seed)
+        made = f"{r.steps:,}" + (f" of {r.planned:,}" if r.planned else "") if r.steps else ""
+        state: str = r.status
+        if r.status == "done":
+            state = "no score" if r.score is None else "duplicate"
+        rows.append(
+            [
+                Entry(state),
+                Entry(column),
+                Entry(r.task.name),
+                Entry(seed),
+                Entry(made),
+                Entry(r.note, paths.get(r.where, "")),
+            ]
+        )
+    return Table([Entry(n) for n in ("state", "column", "task", "seed", "steps", "what happened")], rows)
+
+
+def commands(analysis: Analysis) -> Table:
+    """How each cell was made."""
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    groups: dict[tuple[str, str, str, str, str, str], list[RunRecord]] = defaultdict(list)
+    for column, r in analysis.grid.records:
+        if r.command:
+            physics = "" if r.physics == "published" else f"{r.physics} physics"
+            groups[column, r.task.name, r.config, r.commit, physics, command_line(r.command)].append(r)
+    rows = []
+    for (column, task, config, commit, physics, line), runs in groups.items():
+        seeds = ranges([r.seed for r in runs if r.seed is not None])
+        rows.append(
+            [
+                Entry(column, style=style.get(column)),
+                Entry(task, physics),
+                Entry(seeds),
+                Entry(config),
+                Entry(commit),
+                Entry(line),
+            ]
+        )
+    return Table([Entry(n) for n in ("column", "task", "seeds", "config", "commit", "command")], rows)
+
+
+def versions(analysis: Analysis) -> Table:
+    """Packages, and how many runs used which version."""
+    count: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for _, r in analysis.grid.records:
+        for package, version in r.versions.items():
+            count[package][str(version)] += 1
+    rows = []
+    for package, found in count.items():
+        several = ", ".join(f"{v} ({n} runs)" for v, n in found.items()) if len(found) > 1 else next(iter(found))
+        rows.append([Entry(package), Entry(several)])
+    return Table([Entry("package"), Entry("version")], rows)
+
+
+def variants(analysis: Analysis) -> Table | None:
+    """What tells columns of one algorithm apart, where the name cannot say it all."""
+    found = [c for c in analysis.grid.columns if len(c.differs) > 0]
+    if not found:
+        return None
+    style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
+    rows = [
+        [Entry(c.name, style=style[c.name]), Entry(", ".join(f"{k}={v}" for k, v in c.differs.items()))] for c in found
+    ]
+    return Table([Entry("column"), Entry("settings in which the columns of its algorithm differ")], rows)
+
+
+def scales(analysis: Analysis) -> Table | None:
+    """What 0 and 100 mean."""
+    rows = [
+        [Entry(t.name), Entry(number(s.low)), Entry(number(s.high)), Entry(s.source)]
+        for f in analysis.families
+        for t, s in f.scales.items()
+    ]
+    return (
+        Table([Entry(n) for n in ("task", "return of score 0", "return of score 100", "source")], rows)
+        if rows
+        else None
+    )
+
+
+def runs(analysis: Analysis) -> Table:
+    """Every run that was found."""
+    paths = short_paths([r for _, r in analysis.grid.records])
+    rows = []
+    for column, r in sorted(analysis.grid.records, key=lambda x: (x[1].task, x[0], x[1].seed or 0)):
+        if r.status == "missing":
+            continue
+        score = "–" if r.score is None else number(r.score)
+        seed = "" if r.seed is None else str(r.seed)
+        rows.append(
+            [
+                Entry(r.task.name),
+                Entry(column),
+                Entry(seed),
+                Entry(r.status),
+                Entry(score),
+                Entry(str(len(r.episodes))),
+                Entry(f"{r.steps:,}"),
+                Entry(paths[r.where]),
+            ]
+        )
+    return Table([Entry(n) for n in ("task", "column", "seed", "status", "return", "episodes", "steps", "run")], rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+def command_line(words: Sequence[str]) -> str:
+    """The command without the seed, which the table names, and without paths of its output."""
+    text = " ".join(w if re.fullmatch(r"[\w@%+=:,./\[\]-]+", w) else f"'{w}'" for w in words)
+    text = re.sub(r" --out[ =]\S+", "", text)
+    return re.sub(r" --seed[ =]\d+", " --seed SEED", text)
+
+
+def ranges(seeds: Sequence[int]) -> str:
+    """`0-4, 7`."""
+    spans: list[list[int]] = []
+    for s in sorted(set(seeds)):
+        if spans and s == spans[-1][1] + 1:
+            spans[-1][1] = s
+        else:
+            spans.append([s, s])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def short_paths(records: Sequence[RunRecord]) -> dict[str, str]:
+    """Paths relative to the folder that holds all of them."""
+    found = sorted({r.where for r in records if r.where})
+    absolute = {w: str(Path(w).absolute()) for w in found}
+    if not found:
+        return {}
+    root = commonpath([str(Path(w).parent) for w in absolute.values()])
+    return {w: str(Path(a).relative_to(root)) for w, a in absolute.items()}

@@ -1,0 +1,478 @@
+"""From run directories to statements: what is counted, what is shown, what is not said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlctl.errors import UsageError
+from rlctl.report import analysis, grid, page, runs, stats, svg, tables, text
+from rlctl.report.charts import Line, Panel
+from rlctl.report.runs import RunRecord, Task
+
+Write = Callable[..., Path]
+DIVERGED = "Diverged: losses/value became non-finite at env step 500,000, update 10"
+
+
+def analyzed(root: Path, **how: Any) -> analysis.Analysis:
+    return analysis.analyze(grid.build(runs.load([root]), **how), replicates=300)
+
+
+def full_grid(write: Write, seeds: int, algos: dict[str, float], envs: tuple[str, ...] = ("Hopper-v5",)) -> None:
+    for algo, level in algos.items():
+        for env in envs:
+            for seed in range(seeds):
+                write(algo, env, seed, level + 37.0 * seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+def test_a_run_is_read_as_it_was_written(write_run: Write, tmp_path: Path) -> None:
+    folder = write_run("ppo", "Hopper-v5", 3, 2000.0)
+    (found,) = runs.load([tmp_path / "runs"])
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    final = [r["return"] for r in rows if r["final"]]
+    assert found.score == pytest.approx(np.mean(final))
+    assert len(found.episodes) == 20
+    assert (found.algo, found.task, found.seed, found.status) == (
+        "ppo",
+        Task("online", "Hopper-v5", "Hopper-v5"),
+        3,
+        "done",
+    )
+    assert found.curve[0].tolist() == [250_000, 500_000, 750_000, 1_000_000]
+    first = [r["return"] for r in rows if r["env_steps"] == 250_000]
+    assert found.curve[1][0] == pytest.approx(np.mean(first))
+    assert found.settings["lr"] == 3e-4
+    assert found.config == json.loads((folder / "run.json").read_text())["config_key"]
+    assert found.seconds["collect"] == pytest.approx(50)
+    assert runs.load([folder])[0].score == found.score  # given directly
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "counts", "note"),
+    [
+        ({"status": "failed", "error": "RuntimeError: no more memory", "made": 0.5}, "failed", False, "no more memory"),
+        ({"status": "failed", "error": DIVERGED, "made": 0.5}, "diverged", True, "non-finite"),
+        ({"status": "failed", "error": DIVERGED, "made": 0.0}, "diverged", False, "never evaluated"),
+        ({"status": "running", "made": 0.5}, "unfinished", False, "running, or killed"),
+        ({"status": "preempted", "made": 0.5}, "unfinished", False, "rlctl resume"),
+    ],
+)
+def test_states(write_run: Write, tmp_path: Path, more: dict[str, Any], status: str, counts: bool, note: str) -> None:
+    write_run("ppo", "Hopper-v5", 0, 1000.0)
+    write_run("ppo", "Hopper-v5", 1, 1000.0, **more)
+    g = grid.build(runs.load([tmp_path]))
+    ((_, trouble),) = g.troubles
+    assert trouble.status == status
+    assert note in trouble.note
+    assert (trouble.score is not None) == counts
+    assert len(g.cells["ppo", g.tasks[0]]) == 1 + counts
+    shown = page.render(analysis.analyze(g, replicates=300), "x")
+    assert status in shown
+    assert note in shown
+
+
+def test_what_a_killed_run_leaves_is_no_obstacle(write_run: Write, tmp_path: Path) -> None:
+    folder = write_run("ppo", "Hopper-v5", 0, 1000.0, status="running", made=0.5)
+    file = folder / "eval.jsonl"
+    file.write_text(file.read_text() + '{"env_steps": 75')
+    assert runs.read_run(folder).note.count("damaged") == 0
+    file.write_text("\x00\x00\n" + file.read_text())
+    assert "1 damaged" in runs.read_run(folder).note
+    (folder / "run.json").write_text('{"schema"')
+    assert runs.read_run(folder).status == "unreadable"
+    (folder / "run.json").unlink()
+    (folder / "console.log").touch()
+    (early,) = runs.load([tmp_path])
+    assert (early.status, early.algo, early.seed) == ("unfinished", "ppo", 0)
+    other = write_run("ppo", "Hopper-v5", 1, 1000.0)
+    (other / "eval.jsonl").write_text('{"env_steps": 1, "return": NaN, "deterministic": true, "final": true}\n')
+    assert runs.read_run(other).status == "failed"
+
+
+def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        runs.load([tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match="no run in"):
+        runs.load([tmp_path])
+
+
+# ----------------------------------------------------------------------------------------------------------------- grid
+def test_settings_make_columns_where_a_task_has_several(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run("ppo", "Hopper-v5", seed, 1000.0)
+        write_run("ppo", "Hopper-v5", seed, 1500.0, settings={"lr": 1e-3}, name=f"fast-s{seed}")
+        write_run("sac", "Hopper-v5", seed, 1500.0, settings={"hidden": [256]})
+        write_run("sac", "Ant-v5", seed, 1500.0, settings={"hidden": [512]})  # tuned per task: still one column
+    g = grid.build(runs.load([tmp_path]))
+    assert [c.name for c in g.columns] == ["ppo lr=0.0003", "ppo lr=0.001", "sac"]
+    assert all(len(cell) == 2 for cell in g.cells.values())
+    assert not any("mixes" in w for w in g.warnings)
+    mixed = grid.build(runs.load([tmp_path]), by="algo")
+    assert [c.name for c in mixed.columns] == ["ppo", "sac"]
+    assert any(status == "done" and "not counted" in r.note for _, r in mixed.troubles for status in [r.status])
+
+
+def test_mixtures_are_warned_of(write_run: Write, tmp_path: Path) -> None:
+    a = write_run("ppo", "Hopper-v5", 0, 1000.0)
+    write_run("ppo", "Hopper-v5", 1, 1000.0, settings={"lr": 1e-3}, steps=400_000)
+    write_run("sac", "Hopper-v5", 0, 1000.0, steps=200_000)
+    record = json.loads((a / "run.json").read_text())
+    record["sessions"][0]["git"] = {"commit": "f" * 40, "dirty": "abc"}
+    record["sessions"][0]["versions"]["mujoco"] = "2.3.7"
+    record["physics"] = "native"
+    (a / "run.json").write_text(json.dumps(record))
+    warnings = "\n".join(grid.build(runs.load([tmp_path]), by="algo").warnings)
+    for expected in (
+        "ppo on Hopper-v5 mixes 2 configs",
+        "ppo on Hopper-v5 mixes budgets from 400,000 to 1,000,000",
+        "ppo on Hopper-v5 mixes physics: native, published",
+        "ppo mixes runs of 2 states of the code",
+        "ffffffffff + changes abc",
+        "ppo mixes versions of mujoco: 2.3.7",
+        "Budgets differ on Hopper-v5 (environment steps): sac 200,000, ppo 1,000,000",
+        "rest on as few as 20 episodes",
+        "Fewer than 3 seeds in 2 of 2 cells",
+    ):
+        assert expected in warnings
+
+
+def test_missing_cells_are_listed(write_run: Write, tmp_path: Path) -> None:
+    full_grid(write_run, 3, {"ppo": 1000.0}, ("Hopper-v5", "Ant-v5"))
+    for seed in (0, 2):
+        write_run("sac", "Hopper-v5", seed, 900.0)
+    write_run("td3", "Hopper-v5", 0, 900.0)
+    write_run("td3", "Ant-v5", 1, 900.0)
+    found = {(c, r.task.name, r.seed): r.note for c, r in grid.build(runs.load([tmp_path])).troubles}
+    assert found == {
+        ("sac", "Ant-v5", None): "no run of this algorithm on this task",
+        ("td3", "Ant-v5", 0): "no run of seed 0, which other tasks have",
+        ("td3", "Hopper-v5", 1): "no run of seed 1, which other tasks have",
+    }
+
+
+def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_path: Path) -> None:
+    """`bench.json` is the contract with `rlctl bench`: cells with their folder, column, source and seed."""
+    write_run("sac", "Hopper-v5", 0, 1000.0)
+    write_run("sac", "Hopper-v5", 0, 1500.0, settings={"lr": 1e-3}, name="fast-s0")
+    sources = [
+        ("sac/Hopper-v5/s0", "sac", 0),
+        ("sac/Hopper-v5/fast-s0", "sac-fast", 0),
+        ("x/s1", "sac-fast", 1),
+        ("x/s2", "sac", 2),
+    ]
+    cells = [
+        {"id": id, "algo": "sac", "column": column, "source": "Hopper", "env": "Hopper-v5", "data": None}
+        | {"seed": seed, "steps": 1000, "config_key": ""}
+        for id, column, seed in sources
+    ]
+    root = tmp_path / "runs"
+    write_run("ppo", "Ant-v5", 0, 1000.0)
+    plan = {"suite": "mine", "command": ["rlctl", "bench", "mine"], "cells": cells}
+    (root / "bench.json").write_text(json.dumps(plan))
+    lost = {"time": 1.0, "event": "lost", "cell": "x/s2", "error": "the worker was killed"}
+    (root / "ledger.jsonl").write_text(json.dumps(lost) + "\n{torn")
+    g = grid.build(runs.load([root]))
+    assert [c.name for c in g.columns] == ["ppo", "sac", "sac-fast"]
+    assert {t.name for t in g.tasks} == {"Hopper-v5", "Ant-v5"}
+    assert [(c, r.status, r.seed, r.note) for c, r in g.troubles] == [
+        ("ppo", "missing", None, "no run of this algorithm on this task"),  # no suite planned this one
+        ("sac", "missing", 2, "lost: the worker was killed"),
+        ("sac-fast", "missing", 1, "planned by the suite 'mine', not started"),
+    ]
+    shown = page.render(analysis.analyze(g, replicates=300), "x")
+    assert "3 runs, 3 finished" in shown
+    assert "rlctl bench mine" in shown
+    (root / "bench.json").write_text("{")
+    assert [r.status for r in runs.load([root])].count("unreadable") == 1
+
+
+def test_a_repeated_seed_counts_once(write_run: Write, tmp_path: Path) -> None:
+    write_run("ppo", "Hopper-v5", 0, 500.0, status="failed", error="KeyError: 'x'", made=0.5)
+    kept = write_run("ppo", "Hopper-v5", 0, 1000.0, name="again")
+    g = grid.build(runs.load([tmp_path]))
+    assert [r.where for r in g.cells["ppo", g.tasks[0]]] == [str(kept)]
+    assert "KeyError: 'x'; not counted" in g.troubles[0][1].note
+
+
+# ------------------------------------------------------------------------------------------------------------- families
+def dataset(id: str, benchmark: str, version: int) -> dict[str, Any]:
+    return {"dataset": id, "dataset_version": version, "benchmark": benchmark}
+
+
+def test_d4rl_and_minari_never_share_a_table(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(5):
+        for algo in ("iql", "td3bc"):
+            d4rl, minari = dataset("hopper-medium-v2", "D4RL", 2), dataset("mujoco/hopper/medium-v0", "Minari", 0)
+            more = {"steps": 1000, "evaluations": 3}
+            write_run(algo, "Hopper-v5", seed, 1500.0, data="hopper-medium-v2", dataset=d4rl, folder="a", **more)
+            write_run(
+                algo, "Hopper-v5", seed, 1400.0, data="mujoco/hopper/medium-v0", dataset=minari, folder="b", **more
+            )
+    a = analyzed(tmp_path)
+    assert [(f.name, [t.name for t in f.tasks]) for f in a.families] == [
+        ("D4RL", ["hopper-medium-v2"]),
+        ("Minari", ["mujoco/hopper/medium-v0"]),
+    ]
+    for f in a.families:
+        assert set(f.aggregates) == {"iql", "td3bc"}
+        assert f.curves[f.tasks[0]][0].x[-1] == 1000  # gradient steps
+        assert f.tasks[0].unit == "updates"
+        cell = f.cells["iql", f.tasks[0]]
+        assert cell.normalized is not None
+        np.testing.assert_allclose(cell.normalized, 100 * (cell.raw + 20.272305) / (3234.3 + 20.272305))
+    assert any("mujoco/hopper/medium-v0 is not D4RL's own data" in w for w in a.grid.warnings)
+    shown = page.render(a, "x")
+    assert "Scores: D4RL" in shown
+    assert "Scores: Minari" in shown
+    (budget,) = [b for b in a.families[0].budgets[a.families[0].tasks[0]] if b.algo == "iql"]
+    assert (budget.policies, budget.configs, len(budget.value)) == (5, 1, analysis.PULLS)
+    assert "A pool of one config holds nothing but luck of the seed" in shown
+
+
+# ----------------------------------------------------------------------------------------------------- what may be said
+def test_one_run_claims_nothing(write_run: Write, tmp_path: Path) -> None:
+    write_run("ppo", "Hopper-v5", 0, 1000.0)
+    a = analyzed(tmp_path)
+    assert a.claims == []
+    shown = page.render(a, "x")
+    assert "No claim." in shown
+    assert "±" not in re.sub(r"<p class=\"caption\">.*?</p>", "", shown)
+    assert 'class="band"' not in shown
+    assert "Aggregates over tasks" in shown
+    assert "fewer than 5 seeds: Hopper-v5 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("seeds", "interval", "aggregate"), [(2, False, False), (3, True, False), (4, True, False), (5, True, True)]
+)
+def test_seeds_decide_what_is_shown(
+    write_run: Write, tmp_path: Path, seeds: int, interval: bool, aggregate: bool
+) -> None:
+    full_grid(write_run, seeds, {"ppo": 1000.0, "sac": 3000.0})
+    a = analyzed(tmp_path)
+    (f,) = a.families
+    cell = f.cells["ppo", f.tasks[0]]
+    assert (cell.mean is not None) == interval
+    assert ("±" in tables.results(a, f).rows[0][1].text) == interval
+    assert (f.curves[f.tasks[0]][0].low is not None) == interval
+    assert bool(f.aggregates) == bool(f.pairs) == bool(f.profiles) == aggregate
+    assert bool(a.claims) == aggregate
+    assert any("ewer than 5 seeds" in w for w in a.grid.warnings) != aggregate
+    for content in (page.render(a, "x"), text.markdown(a, "x")):
+        assert ("scores higher than" in content) == aggregate
+        assert ("No claim" in content) != aggregate
+
+
+def test_known_values(tmp_path: Path) -> None:
+    """A table worked out by hand: three seeds each, two tasks on a given scale."""
+    file = tmp_path / "scores.csv"
+    scores = {("a", "T1"): [10, 20, 30, 40, 50], ("a", "T2"): [100, 100, 100, 100, 100]}
+    scores |= {("b", "T1"): [60, 70, 80, 90, 100], ("b", "T2"): [100, 100, 100, 100, 100]}
+    rows = [f"{algo},{task},{seed},1000,{s}" for (algo, task), each in scores.items() for seed, s in enumerate(each)]
+    file.write_text("algo,task,seed,step,return\n" + "\n".join(rows) + "\n")
+    given = {"T1": (0.0, 100.0), "T2": (0.0, 200.0)}
+    g = grid.build(runs.load([file]))
+    a = analysis.analyze(g, given=given, replicates=2000)
+    (f,) = a.families
+    assert [e.text for e in tables.results(a, f).rows[0]] == ["T1", "30.0 ± 19.6", "80.0 ± 19.6"]  # 2.776 * 15.81 / √5
+    found = {m: i.value for m, i in f.aggregates["a (CSV)"].items()}
+    assert found["mean"] == pytest.approx((30 + 50) / 2)
+    assert found["median"] == pytest.approx(40)
+    assert found["IQM"] == pytest.approx((30 + 40 + 50 + 50 + 50 + 50) / 6)  # 10 values, 2 cut at either end
+    assert found["optimality gap"] == pytest.approx(100 - 40)
+    (pair,) = f.pairs
+    assert pair.probability.value == pytest.approx((0 + 0.5) / 2)  # always worse on T1, ties on T2
+    matrix = tables.improvement(a, f)
+    assert matrix is not None
+    assert [row[3 - i].text for i, row in enumerate(matrix.rows, 1)] == ["0.25", "0.75"]
+    data = json.loads(text.as_json(a))
+    assert data["families"][0]["pairs"][0]["verdict"] == "worse"
+    assert data["families"][0]["aggregates"]["b (CSV)"]["mean"]["value"] == pytest.approx((80 + 50) / 2)
+
+
+def test_a_pair_needs_both_tests_and_one_protocol() -> None:
+    better = analysis.Pair("a", "b", [], stats.Interval(0.9, 0.7, 1.0), 0.01, True)
+    assert better.verdict == "better"
+    assert better._replace(p=0.06).verdict == "not separated"
+    assert better._replace(probability=stats.Interval(0.7, 0.45, 0.9)).verdict == "not separated"
+    assert better._replace(comparable=False).verdict == "protocols differ"
+    assert better._replace(probability=stats.Interval(0.1, 0.0, 0.3)).verdict == "worse"
+
+
+def test_a_claim_names_unequal_budgets(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run("ppo", "Hopper-v5", seed, 1000.0 + seed, steps=200_000)
+        write_run("sac", "Hopper-v5", seed, 3000.0 + seed)
+    a = analyzed(tmp_path)
+    assert a.families[0].pairs[0].unequal == "budgets"
+    assert a.claims[0].startswith("sac scores higher than ppo on Hopper-v5")
+    assert a.claims[0].endswith("But their budgets differ.")
+
+
+def test_equal_algorithms_are_rarely_separated() -> None:
+    """The verdict holds its level over many made-up studies of two equal algorithms on three tasks."""
+    g = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(60):
+        x, y = ([g.normal(1000 * 10.0**t, 200 * 10.0**t, size=5) for t in range(3)] for _ in range(2))
+        probability, p = analysis.compare(x, y, g)
+        wrong += analysis.Pair("a", "b", [], probability, p, True).verdict != "not separated"
+    assert wrong <= 7  # 5% of 60 are 3; more than 7 has probability 0.01
+
+
+def test_a_diverged_seed_lowers_its_column(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(4):
+        write_run("ppo", "Hopper-v5", seed, 2000.0)
+    write_run("ppo", "Hopper-v5", 4, 2000.0, status="failed", error=DIVERGED, made=0.3)
+    a = analyzed(tmp_path)
+    (f,) = a.families
+    cell = f.cells["ppo", f.tasks[0]]
+    assert len(cell.raw) == 5
+    assert cell.diverged == 1
+    assert cell.raw[4] < 0.8 * cell.raw[:4].mean()
+    assert f.curves[f.tasks[0]][0].x[-1] == 1_000_000  # the curve of the others is not cut short
+    shown = page.render(a, "x")
+    assert "1 diverged †" in shown
+    assert "1 diverged; 1 of them count" in shown
+
+
+def test_aggregates_take_only_shared_tasks(write_run: Write, tmp_path: Path) -> None:
+    full_grid(write_run, 5, {"ppo": 1000.0, "sac": 2000.0}, ("Hopper-v5", "Walker2d-v5"))
+    full_grid(write_run, 5, {"ppo": 1000.0}, ("Ant-v5",))
+    full_grid(write_run, 2, {"td3": 500.0}, ("Hopper-v5",))
+    (f,) = analyzed(tmp_path).families
+    assert [t.name for t in f.aggregate_tasks] == ["Hopper-v5", "Walker2d-v5"]
+    assert set(f.aggregates) == {"ppo", "sac"}
+    assert f.not_aggregated == {"td3": "fewer than 5 seeds: Hopper-v5 2"}
+    assert f.tasks_left_out == {"Ant-v5": "not enough seeds of sac (0)"}
+    assert {b.column for b in f.efficiency} == {"ppo", "sac"}
+
+
+def test_curves_stand_on_a_shared_grid() -> None:
+    task = Task("online", "T")
+    curve = [
+        (np.array([100.0, 300.0, 500.0]), np.array([1.0, 3.0, 5.0])),
+        (np.array([200.0, 400.0]), np.array([4.0, 8.0])),
+    ]
+    records = [RunRecord(str(i), "a", task, i, "done", episodes=(1.0,), curve=c) for i, c in enumerate(curve)]
+    ((band,),) = analysis.curves(grid.build(records)).values()
+    assert (band.x[0], band.x[-1]) == (200, 400)
+    np.testing.assert_allclose(band.y, (band.x / 100 + band.x / 50) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+class Checker(HTMLParser):
+    """Well-formedness, and every address a browser would fetch."""
+
+    VOID = ("meta", "br", "link", "img", "path", "line", "circle", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self._look(attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._look(attrs)
+
+    def _look(self, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def test_page_is_valid_and_alone(write_run: Write, tmp_path: Path) -> None:
+    full_grid(write_run, 5, {"ppo": 1000.0, "sac": 3000.0}, ("Hopper-v5", "Ant-v5"))
+    write_run("<b>&", "Hopper-v5", 0, 10.0, status="failed", error='OSError: "<script>alert(1)</script>"')
+    shown = page.render(analyzed(tmp_path), "A & B <report>")
+    checker = Checker()
+    checker.feed(shown)
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+    assert checker.addresses
+    assert all(a.startswith("#") and a[1:] in checker.ids for a in checker.addresses)
+    assert not checker.tags & {"script", "link", "img", "iframe"}
+    assert "http" not in shown
+    assert "url(" not in shown
+    assert "@import" not in shown
+    assert "A &amp; B &lt;report&gt;" in shown
+    for needed in ("prefers-color-scheme:dark", "@media print", "width=device-width", 'role="img"', "aria-label"):
+        assert needed in shown
+    for section in (
+        "What these runs say",
+        "Protocol warnings",
+        "Scores",
+        "Aggregates",
+        "Learning curves",
+        "profiles",
+        "Probability of improvement",
+        "Wall-clock",
+        "Failed, diverged",
+        "Commands",
+        "Versions",
+    ):
+        assert section in shown
+    assert "rlctl train --algo ppo --env Hopper-v5 --seed SEED" in shown
+    assert len(shown) < 150_000
+
+
+def test_csv_and_json_hold_every_run(write_run: Write, tmp_path: Path) -> None:
+    full_grid(write_run, 2, {"ppo": 1000.0})
+    write_run("ppo", "Hopper-v5", 2, 10.0, status="failed", error="OSError: gone")
+    a = analyzed(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(text.comma_separated(a))))
+    assert [(r["algo"], r["seed"], r["status"]) for r in rows] == [
+        ("ppo", "0", "done"),
+        ("ppo", "1", "done"),
+        ("ppo", "2", "failed"),
+    ]
+    assert rows[2]["return"] == ""
+    first = float(rows[0]["return"])
+    assert float(rows[0]["normalized_score"]) == pytest.approx(100 * (first - 18.3039) / (3234.3 - 18.3039), abs=0.01)
+    data = json.loads(text.as_json(a))
+    assert [r["return"] for r in data["runs"]][:2] == pytest.approx([float(r["return"]) for r in rows[:2]])
+    assert data["attention"][0]["note"] == "OSError: gone"
+
+
+# ------------------------------------------------------------------------------------------------------------------ svg
+def test_ticks_are_round() -> None:
+    assert svg.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert svg.ticks(-37, 260) == [0, 100, 200]
+    assert svg.ticks(0.0031, 0.0047, 4) == pytest.approx([0.0035, 0.004, 0.0045])
+    assert svg.number_labels([0, 500_000, 1_000_000]) == ["0", "0.5M", "1M"]
+    assert svg.number_labels([0, 0.5, 1], percent=True) == ["0%", "50%", "100%"]
+    assert svg.number_labels([-20, 0, 20]) == ["−20", "0", "20"]
+
+
+def test_a_flat_line_and_a_single_point_can_be_drawn() -> None:
+    flat = Line("a", 0, np.array([0.0, 1.0]), np.array([5.0, 5.0]))
+    point = Line("b", 12, np.array([1.0]), np.array([5.0]))
+    drawn = svg.sheet([Panel("t", "x", "y", [flat, point])], [("a", 0), ("b", 12)])
+    assert "nan" not in drawn
+    assert drawn.count("<circle") == 1
+    checker = Checker()
+    checker.feed(drawn)
+    assert checker.open == []
