@@ -78,6 +78,8 @@ ENTRIES = {
         Entry("fql", "rlctl.agents.fql:FQL", "arXiv:2502.02538", "one-step policy, distilled from a flow, climbing Q"),
         Entry("idql", "rlctl.agents.idql:IDQL", "arXiv:2304.10573", "IQL's values choose among a diffusion's draws"),
         Entry("ifql", "rlctl.agents.ifql:IFQL", "arXiv:2502.02538", "IQL's values choose among a flow's draws"),
+        Entry("dppo", "rlctl.agents.dppo:DPPO", "arXiv:2409.00588", "PPO on a diffusion's denoising steps"),
+        Entry("pa-rl", "rlctl.agents.pa_rl:PARL", "arXiv:2412.06685", "imitates actions that critics have improved"),
         Entry("odice-il", "rlctl.agents.odice_il:ODICEIL", "arXiv:2402.00348", "ODICE that imitates one trajectory"),
     )
 }

@@ -72,9 +72,13 @@ def rows_of(
     return Rows(*[x.flatten(0, 1) for x in (obs, batch.action, logp_old, v_old, adv, adv + v_old)])
 
 
-def clipped_surrogate(ratio: Tensor, adv: Tensor, clip: float) -> Tensor:
-    """-E[min(r A, clip(r) A)] over a minibatch `[B]`, r clipped to [1 - clip, 1 + clip] (arXiv:1707.06347, eq. 7)."""
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv).mean()
+def clipped_surrogate(ratio: Tensor, adv: Tensor, clip: float | Tensor) -> Tensor:
+    """-E[min(r A, clip(r) A)] over a minibatch `[B]`, r clipped to [1 - clip, 1 + clip] (arXiv:1707.06347, eq. 7).
+
+    `clip` is one number, or one for each sample, `[B]`.
+    """
+    bounded = ratio.clamp(1 - clip, 1 + clip)  # type: ignore[arg-type]
+    return -torch.minimum(ratio * adv, bounded * adv).mean()
 
 
 def standardized(adv: Tensor, eps: float = 1e-8) -> Tensor:

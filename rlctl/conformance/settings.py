@@ -74,6 +74,9 @@ TINY: dict[str, dict[str, Any]] = {
     "fql": {"flow_steps": 4},
     "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
     "ifql": {"flow_steps": 4, "num_candidates": 5},
+    "dppo": {"diffusion_steps": 3},
+    "pa-rl": {"bc_share": 2e-6, "base_net": "mlp", "base_hidden": (16, 16), "num_critics": 3, "num_actions": 3}
+    | {"num_candidates": 5, "num_kept": 3, "search_steps": 2, "search_size": 0.1},
 }
 """Overrides of `SMALL` by algorithm."""
 
@@ -139,6 +142,12 @@ SOLVE: dict[str, dict[str, Any]] = {
         "critic_lr": 1e-3,
     },
     "edac": {"steps": 1500, "num_critics": 4, "eta": 0.01, "alpha": 0.005, "learn_alpha": False},
+    "dppo": {"steps": 8 * 16 * 60, "diffusion_steps": 2, "min_std": 0.1, "clip": 0.2, "minibatch_size": 64}
+    | {"critic_hidden": (32,)},
+    # few candidates: the policy is a clone of random data, the search finds the best action
+    "pa-rl": {"steps": 1200, "bc_share": 0.1, "base_net": "mlp", "base_hidden": (32,), "base_steps": 2}
+    | {"num_candidates": 4, "num_kept": 2, "search_steps": 5, "search_size": 0.2, "num_critics": 2}
+    | {"hidden": (64, 64), "critic_lr": 2e-3, "layer_norm": False, "cql_weight": 0.0},
     "bc": {"steps": 1000},
     "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
     "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
@@ -167,9 +176,9 @@ IMITATORS = {"bc", "diffusion-bc", "flow-bc", "odice-il"}
 WRAPPERS = {"cdsa": "td3bc"}
 """What corrects a trained agent (`agent.wrap(other)`), and which algorithm's agent that is in the checks."""
 
-BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql", "cal-ql", "famo2o-cql")}
-"""Settings that leave the backup as the only use of a successor: CQL's penalty draws some of its actions from pi(s'),
-as proposals weighted by their density, whether or not the episode went on."""
+BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql", "cal-ql", "famo2o-cql", "pa-rl")}
+"""Settings that leave the backup as the only use of a successor: CQL's penalty takes some of its actions from pi(s'),
+whether or not the episode went on."""
 
 ELSEWHERE = {"gorl": ("next_decoder.",)}
 """Beginnings of names of parameters that another phase than `update` learns."""

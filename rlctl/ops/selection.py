@@ -1,9 +1,13 @@
-"""Choosing one of several candidate actions by their values."""
+"""Choosing among candidate actions by their values, and searching for better ones near them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from rlctl.ops.dense import wanted
 
 
 def best_of(actions: Tensor, values: Tensor) -> Tensor:
@@ -28,3 +32,33 @@ def drawn(
         uniform = torch.rand(weights.shape[:-1], generator=generator, **like)  # type: ignore[call-overload]
     sums = weights.cumsum(-1)
     return picked(actions, (sums[..., :-1] <= uniform.unsqueeze(-1) * sums[..., -1:]).sum(-1))
+
+
+def top(actions: Tensor, values: Tensor, num: int) -> Tensor:
+    """Of `actions` [..., N, A] the `num` of the largest `values` [..., N], [..., num, A], the best first."""
+    index = values.topk(num, -1).indices
+    return actions.gather(-2, index.unsqueeze(-1).expand(*index.shape, actions.shape[-1]))
+
+
+@torch.no_grad()
+def climbed(
+    value: Callable[[Tensor], Tensor], actions: Tensor, steps: int, size: float, bound: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The best points that gradient ascent from `actions` [..., A] passes, [..., A], and their values [...].
+
+    `steps` times a <- clip(a + size dvalue/da, +-bound); the start and the end are points it passes, so no result is
+    worse than its start. `value` maps [..., A] to [...], each entry by itself.
+    """
+    best, best_value = actions, torch.full(actions.shape[:-1], -torch.inf, dtype=actions.dtype, device=actions.device)
+    for k in range(steps + 1):
+        moving = k < steps
+        with torch.set_grad_enabled(moving), wanted(()):
+            x = actions.detach().requires_grad_(moving)
+            v = value(x)
+            slope = torch.autograd.grad(v.sum(), x)[0] if moving else None
+        v = v.detach()
+        better = v > best_value
+        best, best_value = torch.where(better.unsqueeze(-1), actions, best), torch.where(better, v, best_value)
+        if slope is not None:
+            actions = (actions + size * slope).clamp(-bound, bound)
+    return best, best_value

@@ -28,6 +28,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "rebrac": {"critic_hidden": [8, 8]},
     "a2pr": {"critic_hidden": [8, 8], "vae_hidden": [8, 8]},
     "odice": {"v_hidden": [8, 8]},
+    "pa-rl": {"base_net": "mlp", "base_hidden": [8], "base_steps": 2, "num_candidates": 4, "num_kept": 2}
+    | {"search_steps": 1, "num_critics": 2, "num_actions": 2},
     "diffusion-ql": {"num_candidates": 3, "diffusion_steps": 2},
     "fql": {"flow_steps": 2},
     "idql": {"critic_hidden": [8, 8], "width": 8, "blocks": 1, "num_candidates": 3},
@@ -55,6 +57,7 @@ def o2o(algo: str, tmp_path: Path, **layers: Any) -> Settings:
         ("rebrac", {"data_share": None}, [40, 30]),
         ("prdc", {"data_share": 0.25}, [41]),
         ("famo2o-iql", {"offline_updates": 0}, [1, 30]),
+        ("pa-rl", {"num_envs": 2}, [29, 11, 1]),  # clones, learns values, then distils
         ("td3bc", {"steps": 30, "buffer_size": 20}, [40, 25]),
         ("diffusion-ql", {"ema_start": 20}, [30, 25]),  # with its slow copy and its fixed noise
     ],
