@@ -63,7 +63,7 @@ def from_file(file: Path) -> list[RunRecord]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- zoo
-class _ZooLoader(yaml.SafeLoader):
+class _ZooSafeLoader(yaml.SafeLoader):
     """The zoo's YAML holds Python's OrderedDict by tag: read here as the mapping it is, nothing is executed."""
 
 
@@ -77,8 +77,8 @@ def _opaque(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
     return f"!{suffix}"
 
 
-_ZooLoader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered)
-_ZooLoader.add_multi_constructor("tag:yaml.org,2002:python/", _opaque)
+_ZooSafeLoader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered)
+_ZooSafeLoader.add_multi_constructor("tag:yaml.org,2002:python/", _opaque)
 
 
 def _zoo_identity(folder: Path) -> tuple[str, str, int | None, dict[str, Any]]:
@@ -87,7 +87,7 @@ def _zoo_identity(folder: Path) -> tuple[str, str, int | None, dict[str, Any]]:
     for name in found:
         for file in [folder / name, *sorted(folder.glob(f"*/{name}"))]:
             if file.exists():
-                values = yaml.load(file.read_text(), _ZooLoader)  # noqa: S506 - a safe loader
+                values = yaml.load(file.read_text(), _ZooSafeLoader)  # noqa: S506 - a safe loader
                 found[name] = values if isinstance(values, dict) else {}
                 break
     args = found["args.yml"]

@@ -26,7 +26,7 @@ PLAN = "bench.json"
 
 LAST_AGENT = "deterministic episodes of the last agent"
 LAST_EVALUATION = "deterministic episodes of the last evaluation in training"
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Task(NamedTuple):
@@ -174,7 +174,8 @@ def is_run(folder: Path, files: list[str]) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """One run directory, in whatever state it is. Never raises for what a killed run may leave behind."""
     try:
-        config = yaml.load((folder / "config.yaml").read_text(), _Loader) if (folder / "config.yaml").exists() else {}  # noqa: S506 - a safe loader
+        file = folder / "config.yaml"
+        config = yaml.load(file.read_text(), _SafeLoader) if file.exists() else {}  # noqa: S506 - a safe loader
         record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
         if not isinstance(config, dict) or not isinstance(record, dict):
             raise ValueError("not a mapping")
