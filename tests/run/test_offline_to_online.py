@@ -124,7 +124,7 @@ def test_who_does_not_and_why(tmp_path: Path) -> None:
             settings(algo, "Hopper", data, offline_updates=10)
     gaussian = ["td3bc", "prdc", "a2pr", "iql", "cql", "cal-ql", "awac", "edac", "rebrac", "odice"]
     gaussian += ["famo2o-iql", "famo2o-cql"]
-    assert sorted(ABLE) == sorted([*gaussian, "diffusion-ql", "fql", "idql", "ifql"])
+    assert sorted(ABLE) == sorted([*gaussian, "diffusion-ql", "fql", "idql", "ifql", "pa-rl"])
 
 
 def test_an_environment_is_needed(tmp_path: Path) -> None:
