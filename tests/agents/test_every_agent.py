@@ -32,19 +32,15 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-VARIANTS = {"cal-ql", "famo2o-cql", "famo2o-iql"}
-"""Of learners that solve every probe in the default suite: theirs are a few (values over time, the choice of an action
-by the observation), the others are slow."""
+COSTLY = {"cal-ql", "famo2o-cql", "famo2o-iql"} | {"diffusion-ql", "expo", "fql", "idql", "ifql", "pa-rl", "rlpd"}
+"""Variants of learners that solve every probe in the default suite, and learners of several seconds a probe: theirs are
+two (values over time, the choice of an action by the observation), the others are slow."""
 SLOW = {f"probe-{which}" for which in PROBES} - {"probe-delayed", "probe-both"}
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
-    [
-        pytest.param(n, c, marks=[pytest.mark.slow] if n in VARIANTS and c in SLOW else [])
-        for c in CHECKS
-        for n in NAMES
-    ],
+    [pytest.param(n, c, marks=[pytest.mark.slow] if n in COSTLY and c in SLOW else []) for c in CHECKS for n in NAMES],
 )
 def test_check(name: str, check: str) -> None:
     try:
