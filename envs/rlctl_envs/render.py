@@ -136,8 +136,8 @@ class Camera:
         inner = getattr(self.env, "_envs", self.env)  # Gymnasium's own vector environment behind the adapter
         try:
             frames: Sequence[Any] | None = inner.render()
-        except (NotImplementedError, AttributeError):
-            frames = None
+        except (NotImplementedError, AttributeError) as e:
+            raise ValueError(f"{self.env.id} draws no picture of itself ({type(e).__name__}: {e})") from e
         if frames is None or not len(frames) or frames[0] is None:
             raise ValueError(f"{self.env.id} draws no picture of itself")
         return np.ascontiguousarray(frames[0], dtype=np.uint8)

@@ -72,6 +72,18 @@ def rows_of(
     return Rows(*[x.flatten(0, 1) for x in (obs, batch.action, logp_old, v_old, adv, adv + v_old)])
 
 
+def check_minibatches(rows: int, minibatch_size: int, *, standardize: bool, unit: str = "transitions") -> None:
+    """Refuse minibatches that a rollout of `rows` can't be cut into, or too small to `standardize` advantages within.
+
+    Raises:
+        ValueError: saying which of the two.
+    """
+    if rows % minibatch_size:
+        raise ValueError(f"minibatch_size={minibatch_size} does not divide a rollout of {rows} {unit}")
+    if minibatch_size == 1 and standardize:
+        raise ValueError("minibatch_size=1 has no spread to normalise advantages by: take larger minibatches")
+
+
 def clipped_surrogate(ratio: Tensor, adv: Tensor, clip: float | Tensor) -> Tensor:
     """-E[min(r A, clip(r) A)] over a minibatch `[B]`, r clipped to [1 - clip, 1 + clip] (arXiv:1707.06347, eq. 7).
 

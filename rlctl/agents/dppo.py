@@ -25,7 +25,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.agents.actor_critic import Rows, clipped_surrogate, explained_variance, rows_of, standardized, step_taken
+from rlctl.agents.actor_critic import (
+    Rows,
+    check_minibatches,
+    clipped_surrogate,
+    explained_variance,
+    rows_of,
+    standardized,
+    step_taken,
+)
 from rlctl.agents.diffusion_bc import DiffusionBC, DiffusionBCConfig
 from rlctl.errors import UsageError
 from rlctl.nets import DiffusionPolicy, GenerativePolicy, ObsNorm, RewardScale, ValueNet, require
@@ -181,10 +189,8 @@ class DPPO(Agent):
                 f"finetune_steps={tuned} of {self.pi.num_steps} leaves the first steps to an untrained network: name "
                 "the run of a cloned policy with pretrained=RUN_DIR, or leave finetune_steps out"
             )
-        if (size := spec.num_envs * c.horizon * tuned) % c.minibatch_size:
-            raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} denoising steps")
-        if c.minibatch_size == 1 and c.normalize_advantage:
-            raise ValueError("minibatch_size=1 has no spread to normalise advantages by: set normalize_advantage=false")
+        size = spec.num_envs * c.horizon * tuned
+        check_minibatches(size, c.minibatch_size, standardize=c.normalize_advantage, unit="denoising steps")
         self.base = frozen_copy(self.pi) if self.first else None
         self.v = ValueNet(spec.obs_dim, c.critic_hidden, "mish")
         self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)

@@ -26,13 +26,12 @@ from rlctl.errors import UsageError
 from rlctl.nets import (
     DiffusionPolicy,
     Edited,
-    FieldMLP,
-    FieldResNet,
     FlowPolicy,
     GenerativePolicy,
     Policy,
     QEnsemble,
     TanhGaussianPolicy,
+    field_net,
     require,
 )
 from rlctl.ops import adam, frozen_copy, minimize, polyak
@@ -157,15 +156,7 @@ class EXPO(Agent):
     def make_base(self) -> GenerativePolicy:
         """The base policy as configured; a subclass may give any that can `sample` and has a `matching_loss`."""
         c, obs_dim, act_dim = self.cfg, self.spec.obs_dim, self.spec.act_dim
-        net: nn.Module
-        if c.base_net == "resnet":
-            if len(set(c.base_hidden)) != 1:
-                raise ValueError(f"residual blocks are of one width: base_hidden={c.base_hidden} has several")
-            net = FieldResNet(obs_dim, act_dim, c.base_hidden[0], len(c.base_hidden))
-        elif c.base == "diffusion":
-            net = FieldMLP(obs_dim, act_dim, c.base_hidden)
-        else:
-            net = FieldMLP(obs_dim, act_dim, c.base_hidden, "gelu", "raw", xavier=True)
+        net = field_net(c.base_net, c.base, obs_dim, act_dim, c.base_hidden)
         if c.base == "flow":
             return FlowPolicy(obs_dim, act_dim, steps=c.base_steps, net=net)
         return DiffusionPolicy(obs_dim, act_dim, steps=c.base_steps, variance="beta", clip_at="step", net=net)

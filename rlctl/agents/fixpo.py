@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlctl.agents.actor_critic import ActorCriticConfig, Rows, explained_variance, rows_of, standardized, step_taken
+from rlctl.agents.actor_critic import (
+    ActorCriticConfig,
+    Rows,
+    check_minibatches,
+    explained_variance,
+    rows_of,
+    standardized,
+    step_taken,
+)
 from rlctl.nets import GaussianPolicy, Normal, ObsNorm, RewardScale, ValueNet
 from rlctl.ops import adam, apply_gradients, gradients, mean_of, minimize
 from rlctl.ops.trust_region import flat, write
@@ -72,8 +80,7 @@ class FixPO(Agent):
         super().__init__(spec, cfg)
         c = self.cfg
         size = spec.num_envs * c.horizon
-        if size % c.minibatch_size:
-            raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
+        check_minibatches(size, c.minibatch_size, standardize=False)
         self.obs_norm = ObsNorm(spec.obs_dim, enabled=c.normalize_obs)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlctl.data.columns import column
 from rlctl.data.dataset import Dataset
@@ -26,12 +26,11 @@ from rlctl.data.reward import RewardTransform
 from rlctl.nets import (
     EMA,
     DiffusionPolicy,
-    FieldMLP,
-    FieldResNet,
     FlowPolicy,
     Policy,
     QEnsemble,
     TanhGaussianPolicy,
+    field_net,
     require,
 )
 from rlctl.nets.normalizer import FixedNorm
@@ -150,15 +149,7 @@ class PARL(Agent):
         c, obs_dim, act_dim = self.cfg, self.spec.obs_dim, self.spec.act_dim
         if c.base == "gaussian":
             return TanhGaussianPolicy(obs_dim, act_dim, c.base_hidden, log_std_bounds=(-5.0, 2.0))
-        net: nn.Module
-        if c.base_net == "resnet":
-            if len(set(c.base_hidden)) != 1:
-                raise ValueError(f"residual blocks are of one width: base_hidden={c.base_hidden} has several")
-            net = FieldResNet(obs_dim, act_dim, c.base_hidden[0], len(c.base_hidden))
-        elif c.base == "diffusion":
-            net = FieldMLP(obs_dim, act_dim, c.base_hidden)
-        else:
-            net = FieldMLP(obs_dim, act_dim, c.base_hidden, "gelu", "raw", xavier=True)
+        net = field_net(c.base_net, c.base, obs_dim, act_dim, c.base_hidden)
         if c.base == "flow":
             return FlowPolicy(obs_dim, act_dim, steps=c.base_steps, net=net)
         return DiffusionPolicy(

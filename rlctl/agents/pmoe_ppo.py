@@ -18,6 +18,7 @@ from torch import Tensor
 from rlctl.agents.actor_critic import (
     ActorCriticConfig,
     Rows,
+    check_minibatches,
     clipped_surrogate,
     explained_variance,
     rows_of,
@@ -68,10 +69,7 @@ class PMOEPPO(Agent):
         super().__init__(spec, cfg)
         c = self.cfg
         size = spec.num_envs * c.horizon
-        if size % c.minibatch_size:
-            raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
-        if c.minibatch_size == 1:
-            raise ValueError("minibatch_size=1 has no spread to normalise advantages by")
+        check_minibatches(size, c.minibatch_size, standardize=True)
         self.obs_norm = ObsNorm(spec.obs_dim, enabled=c.normalize_obs)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)
         self.pi = MixturePolicy(

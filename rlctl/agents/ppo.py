@@ -16,6 +16,7 @@ from torch import Tensor
 from rlctl.agents.actor_critic import (
     ActorCriticConfig,
     Rows,
+    check_minibatches,
     clipped_surrogate,
     explained_variance,
     rows_of,
@@ -62,10 +63,7 @@ class PPO(Agent):
         super().__init__(spec, cfg)
         c = self.cfg
         size = spec.num_envs * c.horizon
-        if size % c.minibatch_size:
-            raise ValueError(f"minibatch_size={c.minibatch_size} does not divide a rollout of {size} transitions")
-        if c.minibatch_size == 1 and c.normalize_advantage:
-            raise ValueError("minibatch_size=1 has no spread to normalise advantages by: set normalize_advantage=false")
+        check_minibatches(size, c.minibatch_size, standardize=c.normalize_advantage)
         self.obs_norm = ObsNorm(spec.obs_dim, enabled=c.normalize_obs)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)

@@ -2,7 +2,7 @@
 
 from rlctl.nets.critic import QEnsemble, ValueNet, VEnsemble
 from rlctl.nets.distributions import Normal, NormalMixture, TanhNormal, TanhNormalMixture
-from rlctl.nets.field import FieldMLP, FieldResNet
+from rlctl.nets.field import FieldMLP, FieldResNet, field_net
 from rlctl.nets.generative import (
     Conditioned,
     DiffusionPolicy,
@@ -53,6 +53,7 @@ __all__ = [
     "VEnsemble",
     "ValueNet",
     "WarmStarted",
+    "field_net",
     "mlp",
     "require",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlctl.nets.mlp import ACTIVATIONS, Activation, Linear, mlp
 
 TimeKind = Literal["raw", "sinusoidal", "fourier"]
+FieldKind = Literal["resnet", "mlp"]
 
 
 class RawTime(nn.Module):
@@ -148,6 +149,23 @@ class FieldResNet(Field):
         for block in self.blocks:
             h = h + block(h)
         return self.last(self.act(h))
+
+
+def field_net(
+    kind: FieldKind, of: Literal["diffusion", "flow"], obs_dim: int, act_dim: int, hidden: Sequence[int]
+) -> Field:
+    """The usual network of a diffusion or a flow: residual blocks, one per width and all alike, or a plain MLP.
+
+    An MLP starts as the field's baselines do: Mish with sinusoidal time for a diffusion, GELU with the bare time and
+    Xavier-uniform weights for a flow.
+    """
+    if kind == "resnet":
+        if len(set(hidden)) != 1:
+            raise ValueError(f"residual blocks are of one width: the widths {tuple(hidden)} are several")
+        return FieldResNet(obs_dim, act_dim, hidden[0], len(hidden))
+    if of == "diffusion":
+        return FieldMLP(obs_dim, act_dim, hidden)
+    return FieldMLP(obs_dim, act_dim, hidden, "gelu", "raw", xavier=True)
 
 
 def xavier_(module: nn.Module) -> None:

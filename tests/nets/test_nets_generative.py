@@ -22,6 +22,7 @@ from rlctl.nets import (
     OneStepPolicy,
     Policy,
     TanhGaussianPolicy,
+    field_net,
     require,
 )
 from rlctl.ops.diffusion import alpha_bars
@@ -432,3 +433,13 @@ def test_each_part_of_a_latent_policy_has_its_own_statistics_and_gradients(doubl
     )
     of = dict(zip([n for n, _ in policy.named_parameters()], grads, strict=True))
     assert all((g is None) == n.startswith("decoder") for n, g in of.items())
+
+
+def test_field_net_gives_what_its_kind_asks_and_refuses_blocks_of_several_widths() -> None:
+    blocks = field_net("resnet", "flow", 3, 2, (32, 32))
+    assert isinstance(blocks, FieldResNet) and len(blocks.blocks) == 2
+    for of, time in (("diffusion", "SinusoidalTime"), ("flow", "RawTime")):
+        plain = field_net("mlp", of, 3, 2, (32, 16))  # type: ignore[arg-type]
+        assert isinstance(plain, FieldMLP) and type(plain.time).__name__ == time
+    with pytest.raises(ValueError, match=r"one width: the widths \(32, 16\)"):
+        field_net("resnet", "diffusion", 3, 2, (32, 16))
