@@ -146,6 +146,8 @@ def _terminals(table: Table, origin: Origin, episode_len: int | None) -> Iterato
     named = origin.episode_len or episode_len
     limit = named or int(steps.max())
     at_limit = terminated & ~truncated & (steps == limit)
+    if limit == 1:  # a bandit: every episode is one step, and its end is real
+        at_limit[:] = False
     # without a known limit: several episodes of exactly the greatest length, none of them cut
     suspicious = at_limit.sum() > 1 and not (truncated & (steps == limit)).any()
     if at_limit.any() and (named or suspicious):

@@ -39,10 +39,22 @@ def standard_normal(like: Tensor, noise: Tensor | None, generator: torch.Generat
 
 @dataclass(frozen=True)
 class Normal:
-    """Diagonal Gaussian: `mean` [..., A], `log_std` broadcastable to it."""
+    """Diagonal Gaussian: `mean` [..., A], `log_std` [A] or [..., A], one per dimension.
+
+    Raises:
+        ValueError: `log_std` has another number of dimensions of the action than `mean`.
+    """
 
     mean: Tensor
     log_std: Tensor
+
+    def __post_init__(self) -> None:
+        # a log_std [..., 1] would broadcast in a draw, and count once instead of A times in a density
+        if self.log_std.shape[-1:] != self.mean.shape[-1:]:
+            raise ValueError(
+                f"mean {tuple(self.mean.shape)} and log_std {tuple(self.log_std.shape)} differ in the last dimension: "
+                "expand log_std to the dimensions of the action"
+            )
 
     @property
     def mode(self) -> Tensor:

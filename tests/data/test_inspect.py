@@ -61,6 +61,8 @@ def test_terminals_at_the_time_limit(write_d4rl: Write, write_minari: Write) -> 
     # the limit of the environment it was recorded in
     write_minari("toy/set-v0", [episode(0, 1000, "terminated"), episode(1, 3, "terminated")], env="Hopper-v5")
     one("toy/set-v0", "1 episodes of exactly 1000 steps, the time limit")
+    # episodes of one step are those of a bandit, which ends by itself
+    assert errors(write_d4rl("bandit.hdf5", [episode(k, 1, "terminated") for k in range(4)])) == []
 
 
 def test_episodes_longer_than_the_limit(write_d4rl: Write) -> None:

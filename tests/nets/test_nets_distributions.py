@@ -65,6 +65,11 @@ def test_gaussian_with_one_log_std_for_all_states() -> None:
     assert float(pi.entropy()[0]) == pytest.approx(-0.2 + math.log(2 * math.pi * math.e), abs=1e-12)
 
 
+def test_one_log_std_for_all_dimensions_must_be_spread_out_first() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 3\) and log_std \(4, 1\) differ in the last dimension"):
+        Normal(torch.zeros(4, 3), torch.zeros(4, 1))
+
+
 @pytest.mark.parametrize("direction", ["new||old", "old||new"])
 def test_fisher_information(direction: str) -> None:
     """Both KL directions have the Hessian diag(1 / s^2, 2) in (mean, log s) at new = old."""
