@@ -4,8 +4,9 @@ Source: Ren et al. 2021, arXiv:2104.09122 (frequency loss); the PPO variant afte
 github.com/quantumiracle/Popular-RL-Algorithms. The ratio is that of the full mixture density, so PPO's gradient reaches
 the gate too; the frequency loss adds a regression onto the component whose fresh draw has the largest Q.
 Differs: log-densities by logsumexp (the code's log of a sum of exponentials underflows where actions have many
-dimensions); Q has its own Adam, so that one component gives exactly our PPO; Q sees actions as the environment does,
-clipped to [-1, 1]; the value loss is not clipped; the learning rate falls linearly as in our PPO.
+dimensions); Q has its own Adam, so that one component gives exactly our PPO, and PyTorch's initialisation; Q sees
+actions as the environment does, clipped to [-1, 1]; the value loss is not clipped; the learning rate falls linearly as
+in our PPO. There is a deterministic action: the code always draws the component.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rlctl.agents.actor_critic import (
 from rlctl.nets import MixturePolicy, NormalMixture, ObsNorm, QEnsemble, RewardScale, ValueNet
 from rlctl.nets.policy import GateInput
 from rlctl.ops import adam, mean_of, minibatches, minimize
-from rlctl.ops.mixtures import effective_components, frequency_loss
+from rlctl.ops.mixtures import Deterministic, components_used, effective_components, frequency_loss
+from rlctl.ops.selection import best_of
 from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Positive, Spec, Widths
 
 
@@ -44,6 +46,8 @@ class PMOEPPOConfig(ActorCriticConfig):
     """Widths of the hidden layers of the Q network that names the best component."""
     freq_coef: NonNegative = 1.0
     """Weight of the gate's frequency loss."""
+    deterministic: Deterministic = "gate"
+    """The deterministic action: the mean of the component of the largest gate weight, or of the largest Q."""
     clip: Positive = 0.2
     """epsilon: the ratio counts only within [1 - clip, 1 + clip]."""
     epochs: Count = 10
@@ -82,9 +86,14 @@ class PMOEPPO(Agent):
         self.total_updates = -(-c.steps // size)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """A draw of the mixture, unclipped, or the mean of its heaviest component."""
-        pi = self.pi(self.obs_norm(obs))
-        return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
+        """A draw of the mixture, unclipped, or the mean of one component, named by gate or Q (`deterministic`)."""
+        seen = self.obs_norm(obs)
+        pi = self.pi(seen)
+        if explore:
+            return pi.sample(generator=self.rng["action"]), {}
+        if self.cfg.deterministic == "gate":
+            return pi.mode, {}
+        return best_of(pi.components.mode, self.q(seen, pi.components.mode.clamp(-1, 1))[0]), {}
 
     def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
         """-E[min(r A, clip(r) A)] over a minibatch `[B]`, r of the mixture's density."""
@@ -119,11 +128,12 @@ class PMOEPPO(Agent):
 
     @torch.no_grad()
     def utilisation(self, rows: Rows) -> Metrics:
-        """Mean gate weight of each component, the effective number of components, the mean standard deviation."""
+        """Mean gate weight of each component, how many are used over all and per state, the mean standard deviation."""
         weights = self.pi(rows.obs).weights
         return {
             "policy/std": self.pi.log_std.exp().mean(),
             "mixture/effective_components": effective_components(weights),
+            "mixture/components_per_state": components_used(weights),
             **{f"mixture/weight_{k}": w for k, w in enumerate(weights.mean(0).unbind())},
         }
 

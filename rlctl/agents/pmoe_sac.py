@@ -2,11 +2,11 @@
 
 Source: Ren et al. 2021, arXiv:2104.09122 (frequency loss, back-propagation-max); official code
 github.com/JieRen98/rlkit-pmoe.
-Differs: the deterministic action is the mean of the component with the largest weight; the official evaluation samples
-the component. Update order, temperature and initialisation are those of our SAC, which one component gives exactly:
-the official code steps the temperature first and starts all components near zero. Chosen components and their
-log-densities are the official ones: the entropy that is rewarded is that of a component, not that of the mixture
-(`density=mixture` rewards the latter).
+Differs: the deterministic action is the mean of one component, that of the largest weight or of the largest Q; the
+official evaluation draws the component. Update order, temperature and initialisation are those of our SAC, which one
+component gives exactly: the official code steps the temperature first and starts all components near zero. Chosen
+components and their log-densities are the official ones: the entropy that is rewarded is that of a component, not that
+of the mixture (`density=mixture` rewards the latter).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rlctl.nets import QEnsemble, TanhMixturePolicy
 from rlctl.nets.distributions import TanhNormalMixture, take
 from rlctl.nets.policy import GateInput
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.mixtures import effective_components, frequency_loss
+from rlctl.ops.mixtures import Deterministic, components_used, effective_components, frequency_loss
+from rlctl.ops.selection import best_of
 from rlctl.train import OffPolicyConfig
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
 
@@ -56,6 +57,8 @@ class PMOESACConfig(OffPolicyConfig):
     """Whose log-density stands for log pi: that of the chosen component, or that of the whole mixture."""
     gate: GateInput = "features"
     """What the gate sees: the last hidden layer of the policy (detached), or the observation."""
+    deterministic: Deterministic = "gate"
+    """The deterministic action: the mean of the component of the largest gate weight, or of the largest min_j Q_j."""
 
 
 class PMOESAC(Agent):
@@ -78,9 +81,13 @@ class PMOESAC(Agent):
         self.opt_alpha = adam([self.log_alpha], c.alpha_lr)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """A draw of the mixture, or tanh of the mean of its heaviest component."""
+        """A draw of the mixture, or tanh of the mean of one component, named by gate or critics (`deterministic`)."""
         pi = self.pi(obs)
-        return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
+        if explore:
+            return pi.sample(generator=self.rng["action"]), {}
+        if self.cfg.deterministic == "gate":
+            return pi.mode, {}
+        return best_of(pi.components.mode, self.q(obs, pi.components.mode).amin(0)), {}
 
     def critic_loss(self, b: Batch, noise: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) (min_j Q_lagged_j(s', a') - alpha log pi_k(a')).
@@ -128,6 +135,7 @@ class PMOESAC(Agent):
         shares = (best.unsqueeze(-1) == torch.arange(pi.num, device=best.device)).float().mean(0)
         return {
             "mixture/effective_components": effective_components(weights),
+            "mixture/components_per_state": components_used(weights),
             **{f"mixture/weight_{k}": w for k, w in enumerate(weights.mean(0).unbind())},
             **{f"mixture/best_{k}": s for k, s in enumerate(shares.unbind())},
         }

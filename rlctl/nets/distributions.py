@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from rlctl.ops.selection import picked
+
 LOG_2 = math.log(2.0)
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -177,7 +179,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Entry `index` [...] of the component axis of `x`: [..., K] -> [...], [..., K, A] -> [..., A]."""
     if x.dim() == index.dim() + 1:
         return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    return x.gather(-2, index[..., None, None].expand(*index.shape, 1, x.shape[-1])).squeeze(-2)
+    return picked(x, index)
 
 
 C = TypeVar("C", Normal, TanhNormal)

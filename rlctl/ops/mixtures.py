@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Deterministic = Literal["gate", "value"]
+"""What names the component whose mean is the deterministic action of a mixture: its gate, or the critics."""
 
 
 def frequency_loss(weights: Tensor, best: Tensor) -> Tensor:
@@ -24,3 +29,11 @@ def effective_components(weights: Tensor) -> Tensor:
     """
     share = weights.flatten(0, -2).mean(0)
     return torch.special.entr(share).sum().exp()
+
+
+def components_used(weights: Tensor) -> Tensor:
+    """Mean over rows of exp(entropy of the weight), 0-dim: 1 where the gate is sure in every state, K where it guesses.
+
+    `weights` [..., K]. Beside `effective_components` it tells a gate that shares states out from one that knows none.
+    """
+    return torch.special.entr(weights).sum(-1).exp().mean()

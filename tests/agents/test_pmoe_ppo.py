@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rlctl.agents.actor_critic import Rows, rows_of
 from rlctl.agents.pmoe_ppo import PMOEPPO
 from rlctl.agents.ppo import PPO
 from rlctl.nets import Normal, NormalMixture
+from rlctl.ops import minimize
 
 
 def pmoe(**overrides: Any) -> PMOEPPO:
@@ -120,12 +122,51 @@ def test_q_learns_the_value_targets_and_no_policy_gradient_reaches_it(double: No
     assert all(g is None for g in torch.autograd.grad(loss, list(agent.q.parameters()), allow_unused=True))
 
 
+def test_the_gate_learns_which_component_is_best_from_the_q_of_the_agent() -> None:
+    """One state, two components far apart, reward what the first action dimension is: Q must tell, the gate follow."""
+    agent = pmoe(num_components=2, log_std=-1.0, minibatch_size=8, freq_coef=1.0, lr=1e-2)
+    nn.init.zeros_(agent.pi.mean[-1].weight)
+    agent.pi.mean[-1].bias.data = torch.tensor([-0.5, 0.0, 0.5, 0.0])
+    for p in (agent.pi.log_std, *agent.pi.mean.parameters()):
+        p.requires_grad_(False)
+    nn.init.zeros_(agent.pi.gate.linear.weight)
+    nn.init.zeros_(agent.pi.gate.linear.bias)
+    agent.pi.gate.linear.weight.requires_grad_(False)
+    learned = [*agent.pi.gate.linear.parameters()][1:]
+    opt = torch.optim.Adam(learned, 0.05)
+    obs = torch.zeros(64, 3)
+    for _ in range(60):
+        action = agent.pi(obs).sample()
+        ret = action[:, 0].clamp(-1, 1)
+        rows = Rows(obs, action, agent.pi(obs).log_prob(action).detach(), ret * 0, ret * 0, ret)
+        minimize(agent.q_loss(rows), agent.opt_q)
+        loss, _ = agent.loss(rows)  # advantages are 0: what reaches the gate comes by Q alone
+        learned[0].grad = torch.autograd.grad(loss, learned)[0]
+        opt.step()
+    assert float(agent.pi(obs).weights[0, 1].detach()) > 0.75
+
+
+def test_the_deterministic_action_is_named_by_gate_or_by_q(double: None) -> None:
+    for name, best in (("gate", -0.5), ("value", 0.9)):
+        agent = pmoe(num_components=3, deterministic=name)
+        agent.q = Prefers(1.0)  # type: ignore[assignment]
+        nn.init.zeros_(agent.pi.mean[-1].weight)
+        agent.pi.mean[-1].bias.data = torch.tensor([-0.5, 0.0, 0.3, 0.0, 0.9, 0.0])
+        nn.init.zeros_(agent.pi.gate.linear.weight)
+        agent.pi.gate.linear.bias.data = torch.tensor([1.0, 0.0, 0.0])
+        with torch.no_grad():
+            assert agent.act(torch.zeros(4, 3), explore=False)[0][:, 0].tolist() == pytest.approx([best] * 4)
+
+
 def test_utilisation_is_logged() -> None:
     agent = pmoe(num_components=3)
-    metrics = agent.update(batch_for(agent))
-    weights = [float(metrics[f"mixture/weight_{k}"]) for k in range(3)]
-    assert sum(weights) == pytest.approx(1, abs=1e-6)
-    assert 1 <= float(metrics["mixture/effective_components"]) <= 3 + 1e-5
+    nn.init.zeros_(agent.pi.gate.linear.weight)
+    agent.pi.gate.linear.bias.data = torch.tensor([0.5, 0.25, 0.25]).log()
+    log = agent.utilisation(rows_for(agent))
+    assert [float(log[f"mixture/weight_{k}"]) for k in range(3)] == pytest.approx([0.5, 0.25, 0.25])
+    for name in ("effective_components", "components_per_state"):
+        assert float(log[f"mixture/{name}"]) == pytest.approx(math.exp(1.0397207708))
+    assert set(log) <= set(agent.update(batch_for(agent)))
 
 
 def test_every_component_moves(double: None) -> None:

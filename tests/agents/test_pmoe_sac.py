@@ -285,6 +285,17 @@ def test_behaviour_draws_a_component_and_evaluation_takes_the_heaviest() -> None
     assert float((draws[:, 0] * draws[:, 1]).min()) > -0.05  # one component gives all dimensions of an action
 
 
+def test_the_critics_may_name_the_component_of_the_deterministic_action() -> None:
+    agent = pmoe(num_components=3, deterministic="value")
+    last = outputs(agent)
+    nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([-1.0, -1.0, 0.0, 0.0, 1.0, 1.0] + [-4.0] * 6)
+    agent.q.forward = lambda obs, action: torch.stack([action.sum(-1), -action[..., 0]])  # type: ignore[method-assign]
+    with torch.no_grad():
+        action = agent.act(torch.zeros(5, 3), explore=False)[0]
+    torch.testing.assert_close(action, torch.zeros(5, 2))  # min of the two: 0 in the middle, -tanh(1) to its right
+
+
 def test_utilisation() -> None:
     agent = pmoe(num_components=3)
     nn.init.zeros_(agent.pi.gate.linear.weight)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlctl.ops.mixtures import effective_components, frequency_loss
+from rlctl.ops.mixtures import components_used, effective_components, frequency_loss
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -34,6 +34,12 @@ def test_the_gate_learns_how_often_each_component_is_best() -> None:
 
 def test_one_component_has_no_gate_loss() -> None:
     assert float(frequency_loss(torch.ones(5, 1), torch.zeros(5, dtype=torch.int64))) == 0
+
+
+def test_components_used_tells_a_gate_that_knows_from_one_that_guesses() -> None:
+    assert float(components_used(torch.eye(3))) == pytest.approx(1.0, abs=1e-12)  # each sure in its own state
+    assert float(components_used(torch.full((5, 4), 0.25))) == pytest.approx(4.0, abs=1e-12)
+    assert float(components_used(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))) == pytest.approx(1.5, abs=1e-12)
 
 
 def test_effective_components() -> None:
