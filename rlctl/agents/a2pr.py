@@ -15,16 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.td3 import TD3Settings
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble, ValueNet
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.nets.vae import ActionVAE, prior_kl
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,9 @@ class A2PRConfig(OfflineRLConfig, TD3Settings):
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
 
-class A2PR(Agent):
+class A2PR(OfflineLearner):
     """Twin critics, state value, VAE of the advantageous actions, deterministic actor."""
 
-    regime = "offline"
     Config = A2PRConfig
     cfg: A2PRConfig
 
@@ -78,14 +75,6 @@ class A2PR(Agent):
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v_data.parameters(), c.critic_lr)
         self.opt_vae = adam(self.vae.parameters(), c.vae_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
@@ -140,10 +129,6 @@ class A2PR(Agent):
         target, on = self.target(b, suggestion.detach() if self.cfg.detach_target else suggestion, value)
         regulariser = (on.unsqueeze(-1) * (action - target).square()).mean()
         return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + self.cfg.mask * regulariser
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics, state value, VAE; every `policy_every`-th time the actor and then the lagged networks."""

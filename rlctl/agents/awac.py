@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.nets import GaussianPolicy, QEnsemble
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import awr_weight
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Fraction, Metrics, Positive, Spec, Widths
+from rlctl.types import Batch, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class AWACConfig(OfflineRLConfig):
     """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
-class AWAC(Agent):
+class AWAC(OfflineLearner):
     """Twin critics of the current policy, advantage-weighted Gaussian actor."""
 
-    regime = "offline"
     Config = AWACConfig
     cfg: AWACConfig
 
@@ -60,16 +57,8 @@ class AWAC(Agent):
         )
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2)
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The Gaussian's mean, or a draw of it, clipped to the action range."""
@@ -98,10 +87,6 @@ class AWAC(Agent):
         """-E[min(exp(A / lam), 100) log pi(a|s)], the weight without gradient."""
         weight = awr_weight(self.adv(b, noise), 1 / self.cfg.lam)
         return -(weight * self.pi(b.obs).log_prob(b.action)).mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics, actor, lagged critics."""

@@ -15,15 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.sac import SACSettings
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import QEnsemble, TanhGaussianPolicy, TanhNormal
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
 from rlctl.ops.offline import SampledBackup, conservative_gap, sampled_backup
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,9 @@ class CQLConfig(OfflineRLConfig, SACSettings):
     """Adam's learning rate of log alpha."""
 
 
-class CQL(Agent):
+class CQL(OfflineLearner):
     """Conservative critics, squashed-Gaussian actor, automatic temperature, optional Lagrange multiplier."""
 
-    regime = "offline"
     Config = CQLConfig
     cfg: CQLConfig
 
@@ -86,8 +83,6 @@ class CQL(Agent):
         self.pi = self.make_policy()
         self.q = self.make_critics()
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
         self.log_alpha = nn.Parameter(torch.tensor(c.alpha).log(), requires_grad=c.learn_alpha)
         self.target_entropy = -float(spec.act_dim) if c.target_entropy is None else c.target_entropy
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
@@ -115,12 +110,6 @@ class CQL(Agent):
     def following(self, b: Batch) -> TanhNormal:
         """The policy's distribution at s'."""
         return self.pi(b.next_obs)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A draw of the squashed Gaussian, or tanh of its mean."""
@@ -202,10 +191,6 @@ class CQL(Agent):
     def alpha_loss(self, logp: Tensor) -> Tensor:
         """-E[log alpha (log pi + target entropy)]: alpha rises while the entropy is below its target."""
         return -(self.log_alpha * (logp.detach() + self.target_entropy)).mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Temperature, multiplier, critics, actor, lagged critics; the actor's gradient is that at the old critics."""

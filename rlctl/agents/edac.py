@@ -13,15 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.sac import SACSettings
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import QEnsemble, TanhGaussianPolicy
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import SampledBackup, ensemble_diversity, sampled_backup
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Spec, Widths
+from rlctl.types import Batch, Count, Metrics, NonNegative, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class EDACConfig(OfflineRLConfig, SACSettings):
     """Draws of max-min and min-max."""
 
 
-class EDAC(Agent):
+class EDAC(OfflineLearner):
     """N critics, squashed-Gaussian actor, automatic temperature, diversity of the critics' action gradients."""
 
-    regime = "offline"
     Config = EDACConfig
     cfg: EDACConfig
 
@@ -62,20 +59,12 @@ class EDAC(Agent):
         self.pi = TanhGaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, log_std_bounds=(-5.0, 2.0), small_last=1e-3)
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=c.num_critics, small_last=3e-3)
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
         self.log_alpha = nn.Parameter(torch.tensor(c.alpha).log(), requires_grad=c.learn_alpha)
         self.target_entropy = -float(spec.act_dim) if c.target_entropy is None else c.target_entropy
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         if c.learn_alpha:
             self.opt_alpha = adam([self.log_alpha], c.alpha_lr)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A draw of the squashed Gaussian, or tanh of its mean."""
@@ -113,10 +102,6 @@ class EDAC(Agent):
     def alpha_loss(self, logp: Tensor) -> Tensor:
         """-E[log alpha (log pi + target entropy)]: alpha rises while the entropy is below its target."""
         return -(self.log_alpha * (logp.detach() + self.target_entropy)).mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Temperature, actor by the new temperature, critics by the new actor, lagged critics."""

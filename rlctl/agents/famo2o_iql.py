@@ -16,15 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.data.reward import RewardName
 from rlctl.nets import GaussianPolicy, Normal, QEnsemble, TanhNormal, ValueNet
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.balance import ENCODING_DIM, conditioned, spanned, uniform
 from rlctl.ops.offline import awr_weight, expectile_loss
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,9 @@ class FamO2OIQLConfig(OfflineRLConfig):
     """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
-class FamO2OIQL(Agent):
+class FamO2OIQL(OfflineLearner):
     """Expectile value network, twin critics, universal policy pi(a | s, beta), balance policy over beta."""
 
-    regime = "offline"
     Config = FamO2OIQLConfig
     cfg: FamO2OIQLConfig
 
@@ -92,14 +90,6 @@ class FamO2OIQL(Agent):
         self.opt_temperature = adam([self.log_temperature], c.balance_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """At the balance policy's deterministic beta: the universal policy's mean, or a draw clipped to the range."""
@@ -152,10 +142,6 @@ class FamO2OIQL(Agent):
         with torch.no_grad():
             backup = b.reward + self.cfg.gamma * self.v(b.next_obs) * ~b.terminated
         return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """V, balance policy, its temperature, universal policy, critics, lagged critics.

@@ -16,14 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.data.reward import RewardName
 from rlctl.nets import DeterministicPolicy, GaussianPolicy, QEnsemble, ValueNet
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.offline import awr_weight, expectile_loss
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,9 @@ class IQLConfig(OfflineRLConfig):
     """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
-class IQL(Agent):
+class IQL(OfflineLearner):
     """Expectile value network, twin critics, advantage-weighted policy."""
 
-    regime = "offline"
     Config = IQLConfig
     cfg: IQLConfig
 
@@ -89,17 +87,9 @@ class IQL(Agent):
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, orthogonal=gain)
         self.v = ValueNet(spec.obs_dim, c.hidden, orthogonal=gain)
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's mean, or a draw of it, clipped to the action range."""
@@ -143,10 +133,6 @@ class IQL(Agent):
         if not c.anneal_actor_lr or self.counters["env_steps"] > 0 or c.updates_on_data == 0:
             return c.actor_lr
         return c.actor_lr * 0.5 * (1 + math.cos(math.pi * min(t / c.updates_on_data, 1.0)))
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """V, then the policy and the critics by the new V, then the lagged critics."""

@@ -15,14 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardName, RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.data.reward import RewardName
 from rlctl.nets import GaussianPolicy, VEnsemble
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
 from rlctl.ops.odice import Divergence, conjugate, dual_weight, orthogonal_sum
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,9 @@ class ValueLosses(NamedTuple):
     """y_f [E, B], detached."""
 
 
-class ODICE(Agent):
+class ODICE(OfflineLearner):
     """State values by the orthogonal gradient, Gaussian policy by weighted maximum likelihood."""
 
-    regime = "offline"
     Config = ODICEConfig
     cfg: ODICEConfig
 
@@ -101,14 +99,6 @@ class ODICE(Agent):
         self.v_lagged = frozen_copy(self.v)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr, weight_decay=c.weight_decay)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """A draw of the Gaussian, or its mean; not clipped (the environment clips its own copy to [-1, 1])."""
@@ -154,10 +144,6 @@ class ODICE(Agent):
     def policy_loss(self, b: Batch, residual: Tensor) -> Tensor:
         """-E[w(y_f) log pi(a|s)], over transitions and values; `residual` [E, B]."""
         return -(self.weight(residual) * self.pi(b.obs).log_prob(b.action)).mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Values, lagged values, policy; the policy sees the residuals of before the values' step."""

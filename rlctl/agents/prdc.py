@@ -15,16 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.td3 import TD3Settings
 from rlctl.data.dataset import Dataset
 from rlctl.data.neighbours import Method, Neighbours, neighbours
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Spec
+from rlctl.types import Batch, Count, Metrics, NonNegative, Spec
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ class PRDCConfig(OfflineRLConfig, TD3Settings):
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
 
-class PRDC(Agent):
+class PRDC(OfflineLearner):
     """Twin critics, deterministic actor with lambda Q + distance to the nearest (state, action) of the data."""
 
-    regime = "offline"
     host_reads = (
         "on a CPU its neighbours come from a KD-tree, outside of torch; with neighbours=matrix it reads nothing"
     )
@@ -65,8 +63,6 @@ class PRDC(Agent):
         self.pi_lagged, self.q_lagged = frozen_copy(self.pi), frozen_copy(self.q)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
         self.index: Neighbours | None = None
         self.data_action: Tensor | None = None
 
@@ -77,10 +73,8 @@ class PRDC(Agent):
     @torch.no_grad()
     def prepare(self, data: Dataset) -> None:
         """Take the statistics of the dataset, then index its pairs of z-scored state and action."""
-        self.reward.fit(data)
+        super().prepare(data)
         rows = data.whole()
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(rows.obs)
         table = self.key(self.obs_norm(rows.obs), rows.action)
         self.index = neighbours(table, self.cfg.neighbours, self.spec.obs_dim)
         data.require("row")
@@ -120,10 +114,6 @@ class PRDC(Agent):
         action = self.pi(b.obs)
         regulariser = (action - self.nearest_action(b.obs, action, b.extra.get("row"))).square().mean()
         return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + regulariser
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics; every `policy_every`-th time the actor and then all lagged networks."""

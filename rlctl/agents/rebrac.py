@@ -16,17 +16,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.td3 import TD3Settings
 from rlctl.data.columns import column
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble
 from rlctl.nets.mlp import Norm
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
 from rlctl.ops.td3 import perturbed, scaled_value_loss, smoothed
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,9 @@ class ReBRACConfig(OfflineRLConfig, TD3Settings):
     """Adam's learning rate of the critics."""
 
 
-class ReBRAC(Agent):
+class ReBRAC(OfflineLearner):
     """Twin critics with LayerNorm, deterministic actor, both held near the data's actions."""
 
-    regime = "offline"
     Config = ReBRACConfig
     cfg: ReBRACConfig
 
@@ -70,14 +68,10 @@ class ReBRAC(Agent):
         self.pi_lagged, self.q_lagged = frozen_copy(self.pi), frozen_copy(self.q)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
 
     def prepare(self, data: Dataset) -> None:
         """Take what the reward transform and the observations' z-scores need, and ask for the next actions."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
+        super().prepare(data)
         data.require("next_action")
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,10 +100,6 @@ class ReBRAC(Agent):
         action = self.pi(b.obs)
         distance = (action - b.action).square().sum(-1).mean()
         return self.cfg.actor_bc * distance + scaled_value_loss(self.q(b.obs, action).amin(0), 1.0)
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics; every `policy_every`-th time the lagged networks (by the old actor) and the actor."""

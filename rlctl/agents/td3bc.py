@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.agents.td3 import TD3Settings
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import DeterministicPolicy, QEnsemble
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.td3 import clipped_double_backup, perturbed, scaled_value_loss, smoothed
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Metrics, NonNegative, Spec
+from rlctl.types import Batch, Metrics, NonNegative, Spec
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,9 @@ class TD3BCConfig(OfflineRLConfig, TD3Settings):
     """z-score observations with the dataset's mean and std (+ 1e-3)."""
 
 
-class TD3BC(Agent):
+class TD3BC(OfflineLearner):
     """Twin critics, deterministic actor with lambda Q + cloning, z-scored observations."""
 
-    regime = "offline"
     Config = TD3BCConfig
     cfg: TD3BCConfig
 
@@ -48,14 +45,6 @@ class TD3BC(Agent):
         self.pi_lagged, self.q_lagged = frozen_copy(self.pi), frozen_copy(self.q)
         self.opt_pi = adam(self.pi.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
-        self.obs_norm = FixedNorm(spec.obs_dim)
-        self.reward = RewardTransform(c.reward)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """pi(z-scored s), with Gaussian noise (clipped to the action range) if `explore`."""
@@ -75,10 +64,6 @@ class TD3BC(Agent):
         action = self.pi(b.obs)
         q = self.q(b.obs, action)[0]
         return scaled_value_loss(q, self.cfg.alpha) + (action - b.action).square().mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics; every `policy_every`-th time the actor and then all lagged networks."""

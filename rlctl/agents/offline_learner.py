@@ -1,0 +1,36 @@
+"""What the learners of values from data share: how they see observations and rewards. Not an algorithm."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rlctl.data.dataset import Dataset
+from rlctl.data.reward import RewardTransform
+from rlctl.nets.normalizer import FixedNorm
+from rlctl.train import OfflineRLConfig
+from rlctl.types import Agent, Batch, Regime, Spec
+
+
+class OfflineLearner(Agent):
+    """An agent whose networks see z-scored observations and transformed rewards, both fixed by the dataset.
+
+    The settings `normalize_obs` and `reward` decide. Online, after the data, the same transforms go on.
+    """
+
+    regime: ClassVar[Regime] = "offline"
+    cfg: OfflineRLConfig
+
+    def __init__(self, spec: Spec, cfg: OfflineRLConfig | None = None) -> None:
+        super().__init__(spec, cfg)
+        self.obs_norm = FixedNorm(spec.obs_dim)
+        self.reward = RewardTransform(self.cfg.reward)
+
+    def prepare(self, data: Dataset) -> None:
+        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        self.reward.fit(data)
+        if self.cfg.normalize_obs:
+            self.obs_norm.fit(data.whole().obs)
+
+    def seen(self, b: Batch) -> Batch:
+        """What the losses see of a batch: observations z-scored, rewards transformed."""
+        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
