@@ -8,6 +8,7 @@ tangent at the old policy (`form=linearised`), which is unstable for kl_coef <= 
 are `critic=value`, `actor_q=first`. Behaviour is sampled, where the code acts on tanh of the mean after its warm-up
 (`sample_actions=false`). Critics step before the actor, and their losses carry no factor 1/2. Log-densities are exact,
 without the code's floor at log 1e-6; the code's penalty on the policy's outputs is off (`output_penalty=1e-3` is its).
+Networks start as PyTorch's do, the code's Glorot-uniform with zero biases.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Source: Xie et al. 2025 (ICML), arXiv:2401.16025 (objective: E[r A - |A| (r - 1)^2 / (2 eps)]).
 Differs: the value loss is not clipped and a truncation bootstraps from the value of the true successor, as in our PPO;
 the log-ratio is clamped to +-10, where the square would overflow; the released code halves the squared value error
-before it weights it with 0.5, ours (like our PPO) does not: `vf_coef=0.25` is its weight.
+before it weights it with 0.5, ours (like our PPO) does not: `vf_coef=0.25` is its weight. The policy network is the
+smaller of the released two, 64-64; the code's default is 256-256-128-128-64-64 for the policy alone.
 """
 
 from __future__ import annotations
