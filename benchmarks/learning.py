@@ -49,6 +49,13 @@ PUBLISHED = {
     ("fixpo", "HalfCheetah-v5"): "no table",
     ("fixpo", "Walker2d-v5"): "no table",
     ("pmoe-ppo", "Hopper-v5"): "no table",
+    ("pmoe-ppo", "HalfCheetah-v5"): "no table",
+    ("pmoe-ppo", "Walker2d-v5"): "no table",
+    ("pmoe-sac", "Hopper-v5"): "curves only",
+    ("pmoe-sac", "HalfCheetah-v5"): "curves only",
+    ("mdpo", "HalfCheetah-v5"): "cell not reached",
+    ("mdpo-off", "Hopper-v5"): "cell not reached",
+    ("mdpo-off", "HalfCheetah-v5"): "cell not reached",
     ("td3bc", "Hopper-v5"): "other data (D4RL hopper-medium-v2, 1M updates): CORL last 60.4 normalised",
 }
 

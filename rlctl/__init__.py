@@ -11,20 +11,23 @@ print(rlctl.evaluate(agent, rlctl.make_env("Hopper", num_envs=10), episodes=10).
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from rlctl import agents
-from rlctl.accelerate import accelerate
-from rlctl.data import Mix, Ring, Rollout
-from rlctl.errors import Diverged, Interrupted, RlctlError, UsageError
-from rlctl.evaluate import Evaluation, evaluate
-from rlctl.experiment import load_agent
-from rlctl.run import Run, RunConfig
-from rlctl.train import OfflineConfig, OffPolicyConfig, OnPolicyConfig, collect, off_policy, offline, on_policy
-from rlctl.types import Agent, AgentConfig, Batch, Metrics, Spec
-from rlctl_envs import VecEnv
-from rlctl_envs import make as make_env
+if TYPE_CHECKING:
+    from rlctl.accelerate import accelerate
+    from rlctl.data import Mix, Ring, Rollout
+    from rlctl.errors import Diverged, Interrupted, RlctlError, UsageError
+    from rlctl.evaluate import Evaluation, evaluate
+    from rlctl.experiment import load_agent
+    from rlctl.run import Run, RunConfig
+    from rlctl.train import OfflineConfig, OffPolicyConfig, OnPolicyConfig, collect, off_policy, offline, on_policy
+    from rlctl.types import Agent, AgentConfig, Batch, Metrics, Spec
+    from rlctl_envs import VecEnv
+    from rlctl_envs import make as make_env
 
 try:
     __version__ = version("rlctl")
@@ -39,6 +42,9 @@ def make_agent(algo: str | type[Agent], env: VecEnv, cfg: Any = None, *, seed: i
     """
     from dataclasses import fields, replace
 
+    from rlctl import agents
+    from rlctl.types import Spec
+
     cls = agents.get(algo) if isinstance(algo, str) else algo
     spec = Spec(env.obs_dim, env.act_dim, env.num_envs, env.device, env.episode_len, seed)
     if cfg is None:
@@ -46,6 +52,58 @@ def make_agent(algo: str | type[Agent], env: VecEnv, cfg: Any = None, *, seed: i
         if any(f.name == "num_envs" for f in fields(cfg)):
             cfg = replace(cfg, num_envs=env.num_envs)
     return agents.make(cls, spec, cfg)
+
+
+_HOMES = {
+    "rlctl.accelerate": ["accelerate"],
+    "rlctl.data": ["Mix", "Ring", "Rollout"],
+    "rlctl.errors": ["Diverged", "Interrupted", "RlctlError", "UsageError"],
+    "rlctl.evaluate": ["Evaluation", "evaluate"],
+    "rlctl.experiment": ["load_agent"],
+    "rlctl.run": ["Run", "RunConfig"],
+    "rlctl.train": [
+        "OffPolicyConfig",
+        "OfflineConfig",
+        "OnPolicyConfig",
+        "collect",
+        "off_policy",
+        "offline",
+        "on_policy",
+    ],
+    "rlctl.types": ["Agent", "AgentConfig", "Batch", "Metrics", "Spec"],
+    "rlctl_envs": ["VecEnv"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names come when they are first used: torch takes seconds to load, and `rlctl --help` needs none of it."""
+    if name == "make_env":
+        found = import_module("rlctl_envs").make
+    elif home := next((module for module, names in _HOMES.items() if name in names), None):
+        found = getattr(import_module(home), name)
+    else:
+        raise AttributeError(f"module 'rlctl' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`rlctl.evaluate` and `rlctl.accelerate` are functions, in modules of the same names.
+
+    Loading such a module sets the package's attribute to it; here the function takes its place.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("accelerate", "evaluate") and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 __all__ = [

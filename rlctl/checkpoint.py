@@ -208,7 +208,8 @@ def save_agent(folder: Path, agent: Agent, note: dict[str, Any]) -> None:
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
     save_file(_flat(agent.state_dict()), temp / "agent.safetensors")
-    (temp / "note.json").write_text(json.dumps(note, indent=1))
+    record = note | {"sha256": _sha256(temp / "agent.safetensors")}
+    (temp / "note.json").write_text(json.dumps(record, indent=1))
     for file in temp.iterdir():
         _sync_file(file)
     old = folder.with_name(f".old-{folder.name}")
@@ -220,7 +221,11 @@ def save_agent(folder: Path, agent: Agent, note: dict[str, Any]) -> None:
 
 
 def load_agent(folder: Path, agent: Agent) -> None:
-    """Load parameters and buffers into `agent`; UsageError when they do not fit it."""
+    """Load parameters and buffers into `agent`; UsageError when they do not fit it, or are not what was written."""
+    file = folder / "agent.safetensors"
+    written = _recorded_hash(folder)
+    if written is not None and file.is_file() and _sha256(file) != written:
+        raise UsageError(f"{file} is damaged: it differs from what was written; name another checkpoint of the run")
     try:
         weights = load_file(folder / "agent.safetensors", device=str(agent.spec.device))
     except (OSError, SafetensorError) as e:
@@ -229,6 +234,18 @@ def load_agent(folder: Path, agent: Agent) -> None:
         agent.load_state_dict(weights)
     except RuntimeError as e:
         raise UsageError(f"{folder} does not fit {type(agent).__name__} as configured: {e}") from e
+
+
+def _recorded_hash(folder: Path) -> str | None:
+    """SHA-256 of a checkpoint's agent as it was written; None where nobody recorded one."""
+    try:
+        if (folder / "manifest.json").exists():
+            found = json.loads((folder / "manifest.json").read_text())["files"]["agent.safetensors"]
+        else:
+            found = json.loads((folder / "note.json").read_text()).get("sha256")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{folder} is damaged: its record of what was written cannot be read ({e})") from e
+    return None if found is None else str(found)
 
 
 def pack_optimizers(agent: Agent) -> tuple[dict[str, Tensor], dict[str, Any]]:

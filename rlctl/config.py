@@ -73,6 +73,11 @@ def number(value: Any) -> Any:
     return value
 
 
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`number` for every value of a nested mapping: what a file holds, as a command line would read it."""
+    return {k: numbers(v) if isinstance(v, Mapping) else number(v) for k, v in values.items()}
+
+
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts, later layers win key by key."""
     out: dict[str, Any] = {}

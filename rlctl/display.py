@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 PLAIN_PERIOD = 10.0
-"""Seconds between progress lines in a pipe; evaluations are always printed."""
+"""Seconds between lines in a pipe, of progress or of an evaluation; what comes more often goes to the log alone."""
 
 
 class Display:

@@ -74,7 +74,7 @@ def evaluate(
                         return None
                     action, _ = agent.act(obs, explore=stochastic)
                     obs, reward, terminated, truncated, _ = env.step(action)
-                    total += reward * alive
+                    total += torch.where(alive, reward, 0.0)  # a world past its end may return anything, NaN too
                     length += alive
                     alive &= ~(terminated | truncated)
                 returns += total.tolist()

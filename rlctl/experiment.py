@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 import rlctl_envs
 from rlctl import agents, checkpoint, parallel
 from rlctl.accelerate import Report, accelerate
-from rlctl.config import as_plain, build, fingerprint, merge, unknown_key
+from rlctl.config import as_plain, build, fingerprint, merge, numbers, unknown_key
 from rlctl.data.reference import dataset_labels, run_score
 from rlctl.data.reward import RewardTransform
 from rlctl.display import Display
@@ -39,6 +41,8 @@ KEYS = ("algo", "env", "data", "seed", "device", "env_backend", "env_options", "
 SECTIONS, NAMES = ("env_options", "data_options", "agent", "run"), ("algo", "env", "data", "device", "env_backend")
 DATA_OPTIONS = {"view", "episode_len", "obs_keys"}
 """Keys of the section data_options; what they mean is told by `rlctl.data.dataset.load_dataset`."""
+ARITHMETIC = ("precision", "compile")
+"""Keys of the section run that change the numbers of an update, not only what is written about them."""
 ENV_BACKENDS = ("auto", "cpu", "warp")
 SCHEMA = 1
 WORTH_SHARING = 8_000_000
@@ -91,8 +95,14 @@ class Settings:
         }
 
     def key(self) -> str:
-        """Hash of what decides the result, but for the seed: runs that share it are repetitions of one experiment."""
-        return fingerprint({k: v for k, v in self.plain().items() if k not in ("seed", "run", "device")})
+        """Hash of what decides the result, but for the seed: runs that share it are repetitions of one experiment.
+
+        Of the section `run` that is its arithmetic alone, where it is not the usual one.
+        """
+        usual = RunConfig()
+        plain = {k: v for k, v in self.plain().items() if k not in ("seed", "run", "device")}
+        arithmetic = {k: v for k in ARITHMETIC if (v := getattr(self.run, k)) != getattr(usual, k)}
+        return fingerprint(plain | ({"run": arithmetic} if arithmetic else {}))
 
 
 def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
@@ -117,6 +127,10 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     values = merge(packaged(algo, env), top)
     if values.get("agent", {}).get("offline_updates") is not None:
         _refuse_online(algo, cls)
+    own = {f.name for f in fields(cls.Config)}
+    for key in values.get("agent", {}):
+        if key not in own and key in {f.name for f in fields(RunConfig)}:
+            raise UsageError(f"the config of {algo} has no key '{key}': did you mean 'run.{key}'?")
     data_options = dict(values.get("data_options", {}))
     for key in data_options:
         if key not in DATA_OPTIONS:
@@ -170,7 +184,7 @@ def load_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UsageError(f"{file} does not hold a mapping of settings")
-    return _sectioned(values)
+    return _sectioned(numbers(values))
 
 
 def train(
@@ -215,18 +229,29 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file, or {} if it is missing."""
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    """A JSON file, or {} if it is missing; UsageError with its name when it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as e:
+        raise UsageError(f"{file} is damaged ({e}): restore it from a backup, or train anew") from e
 
 
 def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
-    """The trained agent of a run, ready to act: the `latest` checkpoint, the `best` one, or that of a STEP."""
+    """The trained agent of a run, ready to act: the `latest` checkpoint, the `best` one, or that of a STEP.
+
+    UsageError where its files are missing or not what was written.
+    """
     settings = read_settings(folder)
     weights = _weights(folder, which)
-    dims = read_json(folder / "run.json")["spec"]
+    record = read_json(folder / "run.json")
+    if "spec" not in record:
+        raise UsageError(f"{folder / 'run.json'} is missing or incomplete, and with it the sizes of the networks")
+    dims = record["spec"]
     device = pick_device(settings.device if settings.device != "auto" else "cpu")[0]
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
-    cfg = parallel.share(settings.agent, read_json(folder / "run.json").get("processes", 1))
+    cfg = parallel.share(settings.agent, record.get("processes", 1))
     agent = agents.make(settings.cls, spec, cfg)
     checkpoint.load_agent(weights, agent)
     return agent, settings
@@ -584,30 +609,37 @@ def _dims(spec: Spec) -> dict[str, int]:
 
 def _new_folder(s: Settings, out: Path | None) -> Path:
     """Create the run directory with its config; a name that is taken gets a number, an explicit one is refused."""
+    n = 1
     if out is not None:
-        folder = out
+        folder = base = out
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} is not empty: go on with `rlctl resume {folder}`, or choose another --out")
     else:
         source = (s.env or "") if s.cls.regime != "offline" else Path(s.data or "").stem.replace("/", "-")
         algo = s.algo.replace(":", ".")
         base = Path("runs") / algo / source.replace(":", "-") / f"s{s.seed}-{s.key()}"
-        folder, n = base, 1
+        folder = base
         while folder.exists():
             n += 1
             folder = base.with_name(f"{base.name}-{n}")
-    # complete or absent: a run directory always has its config
-    temp = folder.with_name(f".tmp-{folder.name}")
     try:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # complete or absent: a run directory always has its config; two starts at once each have a name of their own
+        temp = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}")
+        temp.mkdir()
         (temp / "config.yaml").write_text(yaml.safe_dump(s.plain(), sort_keys=False))
-        if folder.exists():
-            folder.rmdir()
-        temp.rename(folder)
+        while True:
+            try:
+                temp.rename(folder)  # over an empty folder too, never over one that holds something
+                return folder
+            except OSError as e:
+                if out is not None or e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    shutil.rmtree(temp, ignore_errors=True)
+                    raise
+                n += 1  # somebody was faster
+                folder = base.with_name(f"{base.name}-{n}")
     except OSError as e:
         raise UsageError(f"cannot create the run directory {folder}: {e.strerror}; choose another --out") from e
-    return folder
 
 
 def _record(folder: Path | None, s: Settings, fields: Mapping[str, Any], begin: bool = False) -> None:

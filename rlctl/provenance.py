@@ -87,8 +87,9 @@ def _cpuinfo(key: str) -> str:
 
 def provenance() -> dict[str, Any]:
     """All of the above and the command line."""
+    name = Path(sys.argv[0]).name  # __main__.py: started as `python -m rlctl`
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["rlctl" if name == "__main__.py" else name, *sys.argv[1:]],
         "git": git(),
         "versions": versions(),
         "machine": machine(),

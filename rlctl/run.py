@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -663,14 +664,25 @@ class Run:
     # --------------------------------------------------------------------------------------------------- signals
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a checkpoint at the next step boundary; the same signal again is not caught."""
+        """Signals ask for a checkpoint at the next step boundary; the same signal again is not caught.
+
+        They are SIGINT, SIGTERM and, unless it is ignored (nohup), the SIGHUP of a terminal that goes away.
+        """
 
         def ask(signum: int, _: FrameType | None) -> None:
             self._stop = True
             signal.signal(signum, signal.SIG_DFL if signum != signal.SIGINT else signal.default_int_handler)
-            self.display.say(f"{signal.Signals(signum).name}: writing a checkpoint at the next step boundary")
+            if not self.display.quiet:
+                # straight to the descriptor: the signal may have come amid a write to the stream or the log, and
+                # Python's buffered writers refuse to be entered twice
+                line = f"\n{signal.Signals(signum).name}: writing a checkpoint at the next step boundary\n"
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, line.encode())
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
+        before = {s: signal.signal(s, ask) for s in caught}
         try:
             yield
         finally:

@@ -113,8 +113,8 @@ def get(name: str) -> type[Agent]:
         return _load(plugins[name], name)
     known = [*names(), *BASELINES]
     close = get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"unknown algorithm '{name}': {hint}Known: {', '.join(known)}; or package.module:Class")
+    hint = f"did you mean '{close[0]}'? `rlctl algos` lists all" if close else f"known are {', '.join(known)}"
+    raise UsageError(f"unknown algorithm '{name}': {hint}; an agent of your own is package.module:Class")
 
 
 def make(name: str | type[Agent], spec: Spec, cfg: Any = None) -> Agent:

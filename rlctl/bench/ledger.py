@@ -158,7 +158,10 @@ def _state(run: Path, rows: list[dict[str, Any]], live: bool) -> State:
     attempts = sum(r["event"] == "start" for r in rows)
     begun = [r["time"] for r in rows if r["event"] == "start"]
     since = begun[-1] if begun else 0.0
-    record = read_json(run / "run.json") if run.is_dir() else {}
+    try:
+        record = read_json(run / "run.json") if run.is_dir() else {}
+    except UsageError:  # damaged: one cell's trouble, which its next attempt will run into and report
+        record = {}
     if record.get("status") == "done":
         final = record.get("final") or {}
         return State("done", attempts, 0, "", "", since, final.get("return_mean"), final.get("normalized_score"))

@@ -1,6 +1,7 @@
 """The command line. One module per verb; errors are one line on stderr and an exit code.
 
-Exit codes: 0 done, 2 usage, 3 diverged, 75 interrupted and resumable (sysexits' EX_TEMPFAIL), 1 anything else.
+Exit codes: 0 done, 2 usage, 3 diverged, 75 interrupted and resumable (sysexits' EX_TEMPFAIL), 130 interrupted with
+nothing to resume, 1 anything else.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from importlib.metadata import version
 from typing import Annotated
 
@@ -84,8 +86,12 @@ def main() -> None:
     """Entry point of the `rlctl` command."""
     try:
         code = app(prog_name="rlctl", standalone_mode=False)
+        if code == 130:  # the parser caught a KeyboardInterrupt and says nothing
+            fail("interrupted", 130)
     except RlctlError as e:
         fail(str(e), e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted", 130)
     except MemoryError as e:
         fail(str(e) or "out of memory", 2 if str(e) else 1)
     except ValueError as e:
@@ -117,8 +123,11 @@ def fail(message: str, code: int) -> None:
 
 
 def _is_refusal(e: ValueError) -> bool:
-    """Raised by our own argument checks, not by a library underneath."""
-    tb = e.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    return tb is not None and tb.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("rlctl", "rlctl_envs")
+    """Raised by our own argument checks, not by a library underneath, nor from within an agent at work.
+
+    What an agent's `act` or `update` raises, through whichever of our functions, is a bug that its author has to find.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    if not frames or any(f.f_code.co_name in ("act", "update") for f in frames):
+        return False
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] in ("rlctl", "rlctl_envs")

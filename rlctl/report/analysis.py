@@ -78,6 +78,8 @@ class Pair(NamedTuple):
     """That a run of `a` beats one of `b`."""
     p: float
     """Of the permutation test, Holm-corrected over the pairs of the family."""
+    difference: float
+    """Of the mean returns, a less b, in standard deviations of each task's runs."""
     comparable: bool
     """Both were measured under one protocol."""
     unequal: str = ""
@@ -88,9 +90,21 @@ class Pair(NamedTuple):
         """`better`, `worse` (a against b), `not separated` or `protocols differ`."""
         if not self.comparable:
             return "protocols differ"
-        if self.p < 1 - LEVEL and (self.probability.low > 0.5 or self.probability.high < 0.5):
-            return "better" if self.probability.value > 0.5 else "worse"
-        return "not separated"
+        side = separated(self.probability, self.p, self.difference)
+        return {1: "better", -1: "worse", 0: "not separated"}[side]
+
+
+def separated(probability: Interval, p: float, difference: float) -> int:
+    """1 where the first side is better, -1 where it is worse, 0 where the evidence does not say.
+
+    Two questions have to agree: does a run of one side usually beat one of the other (`probability`, whose interval
+    must leave out a half), and does one side return more on average (`p` of the `difference`, whose sign must be the
+    same)? They part where one side wins most draws narrowly and loses a few by far: then neither is better.
+    """
+    if p >= 1 - LEVEL or probability.low <= 0.5 <= probability.high:
+        return 0
+    side = 1 if probability.value > 0.5 else -1
+    return side if difference * side > 0 else 0
 
 
 class Budget(NamedTuple):
@@ -393,20 +407,21 @@ def _pairs(family: Family, grid: Grid, rng: np.random.Generator) -> list[Pair]:
         left, right = ([family.cells[c, t].raw for t in tasks] for c in (a, b))
         comparable = _protocols(grid, a, tasks) == _protocols(grid, b, tasks)
         found.append((a, b, tasks, *compare(left, right, rng), comparable, _unequal(grid, a, b, tasks)))
-    adjusted = stats.holm([p for *_, p, _, _ in found])
+    adjusted = stats.holm([p for *_, p, _, _, _ in found])
     return [
-        Pair(a, b, tasks, probability, p, ok, unequal)
-        for (a, b, tasks, probability, _, ok, unequal), p in zip(found, adjusted, strict=True)
+        Pair(a, b, tasks, probability, p, difference, ok, unequal)
+        for (a, b, tasks, probability, _, difference, ok, unequal), p in zip(found, adjusted, strict=True)
     ]
 
 
-def compare(x: Sequence[Floats], y: Sequence[Floats], rng: np.random.Generator) -> tuple[Interval, float]:
-    """Probability that x improves on y and the p-value of their difference, from returns by task of either.
+def compare(x: Sequence[Floats], y: Sequence[Floats], rng: np.random.Generator) -> tuple[Interval, float, float]:
+    """Probability that x improves on y, p-value of their difference, and that difference, from returns by task.
 
-    No scale is needed: the probability counts wins within tasks, and the test takes standardised returns.
+    No scale is needed: the probability counts wins within tasks, test and difference take standardised returns.
     """
     a, b = (np.array([s[: min(map(len, side))] for s in side]).T for side in (x, y))
-    return stats.improvement(a, b, rng, level=LEVEL), stats.permutation_test(*stats.standardized(a, b), rng)
+    z, w = stats.standardized(a, b)
+    return stats.improvement(a, b, rng, level=LEVEL), stats.permutation_test(z, w, rng), float(z.mean() - w.mean())
 
 
 def _unequal(grid: Grid, a: str, b: str, tasks: Sequence[Task]) -> str:
@@ -540,7 +555,7 @@ def _wins(won: Sequence[Pair]) -> list[str]:
 
 def _turned(p: Pair) -> Pair:
     value, low, high = p.probability
-    return p._replace(a=p.b, b=p.a, probability=Interval(1 - value, 1 - high, 1 - low))
+    return p._replace(a=p.b, b=p.a, probability=Interval(1 - value, 1 - high, 1 - low), difference=-p.difference)
 
 
 def pair_evidence(p: Pair) -> str:

@@ -9,11 +9,14 @@ import numpy as np
 
 from rlctl.errors import UsageError
 from rlctl.report import grid, runs, stats
-from rlctl.report.analysis import LEVEL
+from rlctl.report.analysis import LEVEL, separated
 from rlctl.report.analysis import compare as measure
 from rlctl.report.grid import Grid
 from rlctl.report.runs import RunRecord, Task
-from rlctl.report.stats import MIN_FOR_AGGREGATE, MIN_FOR_INTERVAL, Floats
+from rlctl.report.stats import MIN_FOR_AGGREGATE, MIN_FOR_INTERVAL, Floats, Interval
+
+VERDICTS = {1: "yes", -1: "no, worse", 0: "not separated"}
+"""Of B against A, as `rlctl compare` words them."""
 
 
 def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -21,6 +24,8 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
 
     UsageError where a side holds runs of several algorithms or settings, or the two share no task.
     """
+    if a.resolve() == b.resolve():
+        raise UsageError(f"both sides are {a}: give two folders")
     rng = np.random.default_rng(seed)
     sides = [_side(a), _side(b)]
     tasks = [t for t in sides[0].tasks if t in sides[1].tasks]
@@ -32,6 +37,7 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     enough: list[Task] = []
     unlike: list[Task] = []
+    tested: list[tuple[dict[str, Any], Interval, float]] = []
     for t in tasks:
         x, y = (_scores(side, t) for side in sides)
         row: dict[str, Any] = {"task": t.name, "a": _describe(x), "b": _describe(y)}
@@ -43,19 +49,23 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
             row["verdict"] = f"no verdict below {MIN_FOR_AGGREGATE} seeds"
         else:
             enough.append(t)
-            probability, row["p"] = measure([y], [x], rng)
+            probability, row["p"], difference = measure([y], [x], rng)
             row["probability_b_beats_a"] = probability._asdict()
+            tested.append((row, probability, difference))
         rows.append(row)
-    tested = [r for r in rows if r["p"] is not None]
-    for row, p in zip(tested, stats.holm([r["p"] for r in tested]), strict=True):
-        row["p_holm"], row["verdict"] = p, _verdict(row["probability_b_beats_a"], p)
+    adjusted = stats.holm([row["p"] for row, _, _ in tested])
+    for (row, probability, difference), p in zip(tested, adjusted, strict=True):
+        row["p_holm"], row["verdict"] = p, VERDICTS[separated(probability, p, difference)]
     overall = None
     if enough:
         left, right = ([_scores(side, t) for t in enough] for side in sides)
-        probability, p = measure(right, left, rng)
-        found = probability._asdict()
-        names = [t.name for t in enough]
-        overall = {"tasks": names, "probability_b_beats_a": found, "p": p, "verdict": _verdict(found, p)}
+        probability, p, difference = measure(right, left, rng)
+        overall = {
+            "tasks": [t.name for t in enough],
+            "probability_b_beats_a": probability._asdict(),
+            "p": p,
+            "verdict": VERDICTS[separated(probability, p, difference)],
+        }
     return {
         "a": _identity(a, sides[0]),
         "b": _identity(b, sides[1]),
@@ -96,12 +106,6 @@ def _describe(x: Floats) -> dict[str, Any] | None:
     interval = stats.t_interval(x, LEVEL) if len(x) >= MIN_FOR_INTERVAL else None
     low, high = (None, None) if interval is None else (interval.low, interval.high)
     return {"seeds": len(x), "mean": float(x.mean()), "low": low, "high": high, "returns": x.tolist()}
-
-
-def _verdict(probability: dict[str, float], p: float) -> str:
-    if p < 1 - LEVEL and (probability["low"] > 0.5 or probability["high"] < 0.5):
-        return "yes" if probability["value"] > 0.5 else "no, worse"
-    return "not separated"
 
 
 def _identity(path: Path, side: Grid) -> dict[str, Any]:

@@ -253,6 +253,8 @@ def _mixtures(column: Column, mine: Mapping[Task, Sequence[RunRecord]]) -> list[
             out.append(f"{column.name} on {task.name} mixes protocols: {'; '.join(protocols)}.")
         if len(physics := sorted({r.physics for r in cell})) > 1:
             out.append(f"{column.name} on {task.name} mixes physics: {', '.join(physics)}.")
+        if len(engines := sorted({r.engine for r in cell if r.engine})) > 1:
+            out.append(f"{column.name} on {task.name} mixes engines: {', '.join(engines)}.")
         if len(episodes := sorted({len(r.episodes) for r in finished})) > 1 and column.origin == "rlctl":
             out.append(f"{column.name} on {task.name} mixes {episodes[0]} to {episodes[-1]} episodes per score.")
     commits = sorted({r.commit for r in runs if r.commit != "unknown"})
@@ -276,7 +278,7 @@ def across(task: Task, cells: Mapping[str, Sequence[RunRecord]], alone: bool = T
     done = {name: [r for r in cell if r.status == "done"] for name, cell in cells.items()}
     budget = {name: max(r.steps for r in cell) for name, cell in done.items() if cell}
     if budget and max(budget.values()) - min(budget.values()) > SAME_BUDGET * max(budget.values()):
-        listed = ", ".join(f"{name} {steps:,}" for name, steps in sorted(budget.items(), key=lambda x: x[1]))
+        listed = ", ".join(f"{name}: {steps:,}" for name, steps in sorted(budget.items(), key=lambda x: x[1]))
         out.append(f"Budgets differ on {task.name} ({task.unit}): {listed}.")
     runs = [r for cell in cells.values() for r in cell]
     if len(physics := sorted({r.physics for r in runs})) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,6 +78,8 @@ class RunRecord:
     started: str = ""
     physics: str = "unknown"
     """`published`, `native`, or `unknown` for imported runs."""
+    engine: str = ""
+    """Who simulated, where there was a choice: cpu or warp."""
     commit: str = "unknown"
     versions: Mapping[str, str | None] = field(default_factory=dict)
     machine: str = "unknown"
@@ -196,7 +198,6 @@ def read_run(folder: Path) -> RunRecord:
     elif status in COUNTED and not episodes:
         note = _join(note, "never evaluated: it has no score")
     session = (record.get("sessions") or [{}])[-1]
-    first = (record.get("sessions") or [{}])[0]
     machine, git = session.get("machine") or {}, session.get("git") or {}
     outcome = record.get("final") or {}
     best, used = outcome.get("best_eval_mean"), outcome.get("eval_episodes_used_total")
@@ -222,10 +223,11 @@ def read_run(folder: Path) -> RunRecord:
         note=_join(note, f"{damaged} damaged rows in eval.jsonl" if damaged else ""),
         started=str(record.get("started") or ""),
         physics=str(record.get("physics") or "unknown"),
+        engine=str(record.get("engine") or ""),
         commit=_commit(git),
         versions=session.get("versions") or {},
         machine=_machine(machine),
-        command=tuple(first.get("command") or ()),
+        command=_command(record.get("sessions") or []),
     )
 
 
@@ -312,9 +314,15 @@ _NOT_SETTINGS = ("seed", "device", "run", "env", "data", "algo")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted name; those of the agent without its section's name."""
+    """Nested settings by dotted name; those of the agent without its section's name.
+
+    Of the section run only an arithmetic of its own: the rest is about logs and checkpoints.
+    """
     sections = {k: v for k, v in config.items() if k not in _NOT_SETTINGS and k != "agent"}
-    return dict(_flat({**sections, **(config.get("agent") or {})}))
+    run = config.get("run") or {}
+    usual = {"precision": "float32", "compile": False}
+    arithmetic = {k: run[k] for k, v in usual.items() if run.get(k, v) != v}
+    return dict(_flat({**sections, **(config.get("agent") or {}), **({"run": arithmetic} if arithmetic else {})}))
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -323,6 +331,18 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _command(sessions: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The command that began the run, and those that gave it another length."""
+    words: list[str] = []
+    for k, session in enumerate(sessions):
+        said = [str(w) for w in session.get("command") or ()]
+        if k == 0:
+            words = said
+        elif any(w == "--steps" or w.startswith("--steps=") for w in said):
+            words += ["&&", *said]
+    return tuple(words)
 
 
 def _commit(git: Mapping[str, Any]) -> str:

@@ -292,7 +292,7 @@ def test_eval_best_is_the_best(cli: Cli, ppo_run: Path) -> None:
     means = {step: fmean(returns) for step, returns in seen.items()}
     assert note["env_steps"] == max(means, key=lambda s: means[s])
     assert note["eval_return_mean"] == max(means.values())
-    best = cli("eval", ppo_run, "--best", "--episodes", "3", "--json").json
+    best = cli("eval", ppo_run, "--checkpoint", "best", "--episodes", "3", "--json").json
     assert best["checkpoint"] == "best"
     final = experiment.read_json(ppo_run / "run.json")["final"]
     assert final["best_eval_mean"] == note["eval_return_mean"]

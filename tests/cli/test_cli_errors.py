@@ -9,6 +9,8 @@ import pytest
 import torch
 from cli_helpers import PPO, SAC, Cli, Result
 
+from rlctl import experiment
+
 PPO_ON_HOPPER = ["train", "--algo", "ppo", "--env", "Hopper", "--steps", "20"]
 
 
@@ -171,15 +173,54 @@ def test_run_without_a_checkpoint_cannot_be_evaluated(cli: Cli, tmp_path: Path, 
     shutil.copytree(ppo_run, copy)
     shutil.rmtree(copy / "checkpoints")
     refused(cli("eval", copy), "no latest checkpoint")
-    refused(cli("eval", copy, "--best"), "no best checkpoint")
+    refused(cli("eval", copy, "--checkpoint", "best"), "no best checkpoint")
 
 
 def test_eval_of_a_damaged_checkpoint(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ppo_run, copy)
     weights = max((copy / "checkpoints").glob("step_*")) / "agent.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
     refused(cli("eval", copy), "agent.safetensors", "damaged")
+    weights.write_bytes(whole[:-9] + bytes(9))  # readable, and not what was written
+    refused(cli("eval", copy), "agent.safetensors", "differs from what was written")
+    best = copy / "checkpoints" / "best" / "agent.safetensors"
+    best.write_bytes(best.read_bytes()[:-9] + bytes(9))
+    refused(cli("eval", copy, "--checkpoint", "best"), "best/agent.safetensors", "differs from what was written")
+
+
+def test_eval_of_a_run_without_its_record(cli: Cli, tmp_path: Path, ppo_run: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(ppo_run, copy)
+    (copy / "run.json").write_text("{")
+    refused(cli("eval", copy), "run.json is damaged")
+    (copy / "run.json").unlink()
+    refused(cli("eval", copy), "run.json is missing or incomplete")
+
+
+def test_a_key_of_another_section_is_named(cli: Cli) -> None:
+    r = cli.train("--algo", "ppo", "--env", "Hopper", sets=[*PPO, "final_episodes=3"])
+    refused(r, "no key 'final_episodes'", "did you mean 'run.final_episodes'?")
+
+
+def test_ctrl_c_before_there_is_a_run(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "resolve", pressed)
+    refused(cli.train("--algo", "ppo", "--env", "Hopper", sets=PPO), "rlctl: interrupted", code=130)
+
+
+def test_what_an_agent_at_work_raises_is_no_refusal(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "wrong_shape.py").write_text(
+        "from rlctl.agents.sac import SAC\nfrom rlctl.nets import Normal\n\n\n"
+        "class Wrong(SAC):\n"
+        "    def update(self, batch):\n"
+        "        return Normal(batch.obs[:, :3], batch.obs[:, :1])\n"
+    )
+    with pytest.raises(ValueError, match="differ in the last dimension"):
+        cli.train("--algo", "wrong_shape:Wrong", "--env", "Hopper", "--steps", "60", "--quiet", sets=SAC)
 
 
 def test_mistake_in_a_users_file_shows_its_traceback(cli: Cli, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from rlctl.errors import UsageError
 from rlctl.report import analysis, grid, page, runs, stats, svg, tables, text
@@ -55,6 +56,26 @@ def test_a_run_is_read_as_it_was_written(write_run: Write, tmp_path: Path) -> No
     assert found.config == json.loads((folder / "run.json").read_text())["config_key"]
     assert found.seconds["collect"] == pytest.approx(50)
     assert runs.load([folder])[0].score == found.score  # given directly
+
+
+def test_the_command_is_what_made_the_run(write_run: Write, tmp_path: Path) -> None:
+    folder = write_run("ppo", "Hopper-v5", 0, 2000.0)
+    record = json.loads((folder / "run.json").read_text())
+    (first,) = record["sessions"]
+    first["command"] = ["rlctl", "train", "--algo", "ppo", "--steps", "1000"]
+    resumed = first | {"command": ["rlctl", "resume", "x"]}
+    longer = first | {"command": ["rlctl", "resume", "x", "--steps=5000"]}
+    (folder / "run.json").write_text(json.dumps(record | {"sessions": [first, resumed, longer]}))
+    (found,) = runs.load([tmp_path / "runs"])
+    assert " ".join(found.command) == "rlctl train --algo ppo --steps 1000 && rlctl resume x --steps=5000"
+
+
+def test_arithmetic_of_its_own_is_a_setting(write_run: Write, tmp_path: Path) -> None:
+    for seed, run in enumerate(({"precision": "bf16", "keep": 3}, {"precision": "float32", "compile": False})):
+        folder = write_run("ppo", "Hopper-v5", seed, 2000.0)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"run": run}))
+    assert [c.name for c in grid.build(runs.load([tmp_path])).columns] == ["ppo", "ppo run.precision=bf16"]
 
 
 @pytest.mark.parametrize(
@@ -124,22 +145,26 @@ def test_settings_make_columns_where_a_task_has_several(write_run: Write, tmp_pa
 
 def test_mixtures_are_warned_of(write_run: Write, tmp_path: Path) -> None:
     a = write_run("ppo", "Hopper-v5", 0, 1000.0)
-    write_run("ppo", "Hopper-v5", 1, 1000.0, settings={"lr": 1e-3}, steps=400_000)
+    b = write_run("ppo", "Hopper-v5", 1, 1000.0, settings={"lr": 1e-3}, steps=400_000)
+    other = json.loads((b / "run.json").read_text()) | {"engine": "cpu"}
+    (b / "run.json").write_text(json.dumps(other))
     write_run("sac", "Hopper-v5", 0, 1000.0, steps=200_000)
     record = json.loads((a / "run.json").read_text())
     record["sessions"][0]["git"] = {"commit": "f" * 40, "dirty": "abc"}
     record["sessions"][0]["versions"]["mujoco"] = "2.3.7"
     record["physics"] = "native"
+    record["engine"] = "warp"
     (a / "run.json").write_text(json.dumps(record))
     warnings = "\n".join(grid.build(runs.load([tmp_path]), by="algo").warnings)
     for expected in (
         "ppo on Hopper-v5 mixes 2 configs",
         "ppo on Hopper-v5 mixes budgets from 400,000 to 1,000,000",
         "ppo on Hopper-v5 mixes physics: native, published",
+        "ppo on Hopper-v5 mixes engines: cpu, warp",
         "ppo mixes runs of 2 states of the code",
         "ffffffffff + changes abc",
         "ppo mixes versions of mujoco: 2.3.7",
-        "Budgets differ on Hopper-v5 (environment steps): sac 200,000, ppo 1,000,000",
+        "Budgets differ on Hopper-v5 (environment steps): sac: 200,000, ppo: 1,000,000",
         "rest on as few as 20 episodes",
         "Fewer than 3 seeds in 2 of 2 cells",
     ):
@@ -301,12 +326,23 @@ def test_known_values(tmp_path: Path) -> None:
 
 
 def test_a_pair_needs_both_tests_and_one_protocol() -> None:
-    better = analysis.Pair("a", "b", [], stats.Interval(0.9, 0.7, 1.0), 0.01, True)
+    better = analysis.Pair("a", "b", [], stats.Interval(0.9, 0.7, 1.0), 0.01, 1.0, True)
     assert better.verdict == "better"
     assert better._replace(p=0.06).verdict == "not separated"
     assert better._replace(probability=stats.Interval(0.7, 0.45, 0.9)).verdict == "not separated"
     assert better._replace(comparable=False).verdict == "protocols differ"
-    assert better._replace(probability=stats.Interval(0.1, 0.0, 0.3)).verdict == "worse"
+    worse = stats.Interval(0.1, 0.0, 0.3)
+    assert better._replace(probability=worse, difference=-1.0).verdict == "worse"
+    assert better._replace(probability=worse).verdict == "not separated"
+
+
+def test_winning_most_draws_is_not_better_where_the_mean_says_otherwise() -> None:
+    """A beats three of four runs of B by a little, and the fourth outdoes all of A by far."""
+    g = np.random.default_rng(0)
+    a, b = 10 + 0.1 * g.normal(size=20), np.concatenate([9 + 0.1 * g.normal(size=15), 1000 + g.normal(size=5)])
+    probability, p, difference = analysis.compare([a], [b], g)
+    assert probability.low > 0.5 and p < 0.05 and difference < 0
+    assert analysis.separated(probability, p, difference) == 0
 
 
 def test_a_claim_names_unequal_budgets(write_run: Write, tmp_path: Path) -> None:
@@ -325,8 +361,7 @@ def test_equal_algorithms_are_rarely_separated() -> None:
     wrong = 0
     for _ in range(60):
         x, y = ([g.normal(1000 * 10.0**t, 200 * 10.0**t, size=5) for t in range(3)] for _ in range(2))
-        probability, p = analysis.compare(x, y, g)
-        wrong += analysis.Pair("a", "b", [], probability, p, True).verdict != "not separated"
+        wrong += analysis.Pair("a", "b", [], *analysis.compare(x, y, g), True).verdict != "not separated"
     assert wrong <= 7  # 5% of 60 are 3; more than 7 has probability 0.01
 
 

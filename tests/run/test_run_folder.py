@@ -76,6 +76,7 @@ def test_config_key_is_of_the_experiment_not_of_the_repetition() -> None:
     assert settings("ppo", "Hopper", steps=240, **PPO, seed=9, run={"keep": 7}).key() == base.key()
     assert settings("ppo", "Hopper", steps=241, **PPO).key() != base.key()
     assert settings("ppo", "Walker2d", steps=240, **PPO).key() != base.key()
+    assert settings("ppo", "Hopper", steps=240, **PPO, run={"precision": "bf16"}).key() != base.key()
 
 
 def test_one_row_per_evaluation_episode(folder: Path) -> None:
