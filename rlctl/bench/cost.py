@@ -12,6 +12,9 @@ from typing import Any
 from rlctl.bench.suite import Cell
 from rlctl.experiment import read_json
 
+LISTED = 3
+"""Pairs without a measured speed that are named."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -19,8 +22,9 @@ class Speed:
 
     steps_per_second: float
     runs: int
+    """0: none is finished, the beginning of one was measured, without evaluations (`rlctl.bench.probe`)."""
     same_settings: bool
-    """Whether they had the very settings of the cell, or only its algorithm and its task."""
+    """Whether they had the very settings of the cell, or only its algorithm and, if any had it, its task."""
 
 
 class Speeds:
@@ -29,6 +33,8 @@ class Speeds:
     def __init__(self, folders: list[Path]) -> None:
         self._by_key: dict[str, list[float]] = {}
         self._by_pair: dict[tuple[str, str], list[float]] = {}
+        self._by_algo: dict[str, list[float]] = {}
+        self._probed: dict[str, Speed] = {}
         for file in {f.resolve() for folder in folders for f in _records(folder)}:
             try:
                 record = read_json(file)
@@ -41,13 +47,22 @@ class Speeds:
             self._by_key.setdefault(str(record.get("config_key")), []).append(speed)
             pair = str(record.get("algo")), str(record.get("data") or record.get("env"))
             self._by_pair.setdefault(pair, []).append(speed)
+            self._by_algo.setdefault(pair[0], []).append(speed)
 
-    def of(self, cell: Cell) -> Speed | None:
-        """What is known of a cell; None if nothing like it was ever measured."""
+    def add(self, key: str, speed: Speed) -> None:
+        """Of settings with this key, measured by a probe."""
+        self._probed[key] = speed
+
+    def of(self, cell: Cell, *, elsewhere: bool = True) -> Speed | None:
+        """What is known of a cell, None if nothing like it was ever measured; `elsewhere` lets other tasks count."""
         s = cell.settings
         if seen := self._by_key.get(s.key()):
             return Speed(median(seen), len(seen), True)
+        if probed := self._probed.get(s.key()):
+            return probed
         if seen := self._by_pair.get((s.algo, str(s.data or s.env))):
+            return Speed(median(seen), len(seen), False)
+        if elsewhere and (seen := self._by_algo.get(s.algo)):
             return Speed(median(seen), len(seen), False)
         return None
 
@@ -70,25 +85,33 @@ class Estimate:
     unknown: list[str]
     """COLUMN on SOURCE without a measured speed."""
     loose: bool
-    """Some speeds are those of other settings."""
+    """Some speeds are those of other settings or tasks."""
+    probed: bool = False
+    """Some speeds are those of beginnings, without evaluations."""
 
     def lines(self, slots: int) -> list[str]:
         """For the person."""
         out = [f"to do: {self.cells} runs, {self.steps:,} steps"]
         if self.cells and self.seconds:
             hours = self.seconds / 3600
-            about = " (partly from runs with other settings)" if self.loose else ""
+            notes = ["partly from runs with other settings or on other tasks"] if self.loose else []
+            notes += ["evaluations not counted everywhere"] if self.probed else []
+            about = f" ({'; '.join(notes)})" if notes else ""
             out.append(
                 f"at measured speed{about}: {hours:.2f} h of computing, {hours / slots:.2f} h with {slots} at a time"
             )
         if self.unknown:
-            out.append(f"time unknown, never measured here: {', '.join(self.unknown)}")
+            more = f" and {len(self.unknown) - LISTED} more" if len(self.unknown) > LISTED else ""
+            out.append(
+                f"time unknown, never measured here: {', '.join(self.unknown[:LISTED])}{more}; "
+                "--dry-run --probe measures a few seconds of each"
+            )
         return out
 
 
 def estimate(cells: list[Cell], speeds: Speeds) -> Estimate:
     """Steps and time of `cells`, all of them from their start."""
-    seconds, unknown, loose = 0.0, [], False
+    seconds, unknown, loose, probed = 0.0, [], False, False
     for c in cells:
         speed = speeds.of(c)
         if speed is None:
@@ -96,7 +119,8 @@ def estimate(cells: list[Cell], speeds: Speeds) -> Estimate:
         else:
             seconds += c.steps / speed.steps_per_second
             loose |= not speed.same_settings
-    return Estimate(len(cells), sum(c.steps for c in cells), seconds, list(dict.fromkeys(unknown)), loose)
+            probed |= not speed.runs
+    return Estimate(len(cells), sum(c.steps for c in cells), seconds, list(dict.fromkeys(unknown)), loose, probed)
 
 
 def as_json(e: Estimate) -> dict[str, Any]:

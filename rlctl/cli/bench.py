@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,10 @@ def bench(
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, show the cells and the cost, start nothing.")
+    ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: measure some seconds of every cell whose speed is unknown."),
     ] = False,
     status: Annotated[
         Path | None,
@@ -72,7 +77,7 @@ def bench(
 
       rlctl bench smoke
 
-      rlctl bench online-mujoco --dry-run
+      rlctl bench online-mujoco --dry-run --probe
 
       rlctl bench my_suite.yaml --out runs/mine --jobs 8
 
@@ -89,13 +94,16 @@ def bench(
         return
     if suite is None:
         raise UsageError("no suite given: name one that is shipped (smoke), or a YAML file; `rlctl bench --help`")
-    _run(suite, out, dry_run, executor, jobs, gpus, option or [], seeds, retries, retry_failed, json_, quiet)
+    if probe and not dry_run:
+        raise UsageError("--probe only tells what a grid will cost: give it with --dry-run")
+    _run(suite, out, dry_run, probe, executor, jobs, gpus, option or [], seeds, retries, retry_failed, json_, quiet)
 
 
 def _run(
     suite: str,
     out: Path | None,
     dry_run: bool,
+    probe: bool,
     executor: str,
     jobs: int | None,
     gpus: str | None,
@@ -111,6 +119,7 @@ def _run(
     from rlctl.bench.driver import Driver
     from rlctl.bench.driver import retry_failed as forget_failures
     from rlctl.bench.ledger import Ledger, states
+    from rlctl.bench.probe import probe as measure
     from rlctl.bench.view import View
     from rlctl.cli.output import print_json
     from rlctl.config import parse_overrides
@@ -122,7 +131,11 @@ def _run(
     folder = out or Path("runs") / plan.name
     found = states(folder, [c.id for c in plan.cells], live=False)
     left = [c for c in plan.cells if found[c.id].status not in ("done", "diverged")]
-    estimate = cost.estimate(left, cost.Speeds([folder, Path("runs")]))
+    speeds = cost.Speeds([folder, Path("runs")])
+    if probe:
+        for line in measure(left, speeds, say=lambda line: None if quiet else print(line, file=sys.stderr, flush=True)):
+            print(f"rlctl: {line}", file=sys.stderr)
+    estimate = cost.estimate(left, speeds)
     if dry_run:
         _show_plan(plan, folder, left, estimate, jobs or max(available_cores() // plan.threads, 1), json_)
         if plan.missing:

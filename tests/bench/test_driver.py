@@ -8,13 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from bench_helpers import InProcess, Lost, drive, history, plan, results
+from bench_helpers import TINY_PPO, InProcess, Lost, drive, history, plan, results
 
 from rlctl import experiment
+from rlctl.bench import probe as probe_module
 from rlctl.bench import suite
 from rlctl.bench.cost import Speeds, estimate
 from rlctl.bench.driver import retry_failed
 from rlctl.bench.ledger import Ledger, events, states
+from rlctl.bench.probe import probe
 from rlctl.bench.process import Job
 from rlctl.bench.view import share_done
 from rlctl.errors import Diverged, UsageError
@@ -199,3 +201,33 @@ def test_cost_is_measured_or_unknown(tmp_path: Path) -> None:
     assert other.seconds == pytest.approx(10 * sum(run["spent_s"].values()))
     assert other.loose
     assert "other settings" in other.lines(2)[1]
+    elsewhere = plan(tmp_path, tasks=["probe:constant"])
+    found = estimate(elsewhere.cells, Speeds([tmp_path / "out"]))
+    assert found.loose and found.seconds == pytest.approx(sum(run["spent_s"].values()))
+    assert Speeds([tmp_path / "out"]).of(elsewhere.cells[0], elsewhere=False) is None
+
+
+def test_what_was_never_measured_is_counted_not_listed_for_pages(tmp_path: Path) -> None:
+    tasks = [f"probe:{name}" for name in ("constant", "both", "action", "delayed", "observation")]
+    (_, line) = estimate(plan(tmp_path, tasks=tasks).cells, Speeds([])).lines(1)
+    assert line.startswith("time unknown, never measured here: ppo on probe:constant, ppo on probe:both, ")
+    assert "and 2 more; --dry-run --probe" in line
+
+
+def test_a_probe_measures_the_beginning_of_a_cell(tmp_path: Path) -> None:
+    p = plan(tmp_path, budgets={"on_policy": 10_000_000}, algorithms=[{"algo": "ppo", "set": TINY_PPO}], seeds=2)
+    speeds = Speeds([])
+    said: list[str] = []
+    assert probe(p.cells, speeds, seconds=0.3, say=said.append) == []
+    assert said == ["measuring 1 of 1: ppo on probe:both"]  # both seeds are one experiment
+    found = estimate(p.cells, speeds)
+    assert found.unknown == [] and found.probed and not found.loose
+    # between a hundred and a million steps per second, whatever the machine
+    assert 20 < found.seconds < 200_000
+    assert "evaluations not counted" in found.lines(1)[1]
+
+
+def test_a_probe_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "_config", lambda cell: {"algo": "nobody"})
+    (line,) = probe(plan(tmp_path).cells, Speeds([]), seconds=0.1)
+    assert line.startswith("ppo on probe:both could not be measured: ") and "unknown algorithm 'nobody'" in line
