@@ -8,7 +8,8 @@ executes chunks of four). A truncation bootstraps from the value of the true suc
 reset observation). With a single trained step the clip is `clip` (officially 0 / 0). No early stop at a divergence
 (officially 1), which would read a number on the host, no cloning term, no quantile bounds of advantages, constant
 learning rates. The chain ends in the action before it is clipped to the box. The policy's network is the plain MLP of
-`diffusion-bc`, so that its runs can be fine-tuned. From scratch observations are standardised with running statistics,
+`diffusion-bc`, so that its runs can be fine-tuned, and the value network a plain MLP too (officially both have residual
+blocks). From scratch observations are standardised with running statistics,
 which move after an update; a cloned policy keeps those of its data. The deterministic action takes no noise at all: the
 mean of each step, from x_K = 0 (officially x_K is drawn).
 """

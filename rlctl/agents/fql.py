@@ -1,8 +1,7 @@
 """FQL: a flow cloned from the data, and a one-step policy distilled from it that also climbs Q.
 
 Source: Park et al. 2025, arXiv:2502.02538, algorithm 1; official code github.com/seohongpark/fql.
-Differs: the critics' layer norm stands before each activation (officially after); the deterministic action is that of
-zero noise (officially evaluations draw it). alpha depends on the task and the scale of its rewards: the official table
+Differs: the deterministic action is that of zero noise (officially evaluations draw it). alpha depends on the task and the scale of its rewards: the official table
 has 3 to 1000 with rewards in [-1, 0] and 3000 to 30000 for Adroit; with `normalize_q` 0.03 to 10 is the range to try.
 """
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardTransform
 from rlctl.nets import FlowPolicy, OneStepPolicy, QEnsemble
+from rlctl.nets.field import xavier_
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, polyak
 from rlctl.train import OfflineRLConfig
@@ -59,7 +59,8 @@ class FQL(Agent):
         c = self.cfg
         self.flow = FlowPolicy(spec.obs_dim, spec.act_dim, c.hidden, steps=c.flow_steps)
         self.pi = OneStepPolicy(spec.obs_dim, spec.act_dim, c.hidden)
-        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="gelu", layer_norm=True)
+        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="gelu", layer_norm="after")
+        xavier_(self.q)  # as flow and policy are by themselves
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_flow = adam(self.flow.parameters(), c.lr)

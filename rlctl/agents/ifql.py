@@ -12,8 +12,9 @@ from typing import Annotated
 from pydantic import Field
 
 from rlctl.agents.idql import IDQL, ChosenByValueConfig
-from rlctl.nets import FlowPolicy, Policy
-from rlctl.nets.mlp import Activation
+from rlctl.nets import FlowPolicy, Policy, QEnsemble, ValueNet
+from rlctl.nets.field import xavier_
+from rlctl.nets.mlp import Activation, Norm
 from rlctl.types import Count, Widths
 
 
@@ -29,8 +30,8 @@ class IFQLConfig(ChosenByValueConfig):
     """Widths of the hidden layers of critics and V."""
     critic_activation: Activation = "gelu"
     """Their activation."""
-    layer_norm: bool = True
-    """Layer norm in the critics."""
+    layer_norm: Norm = "after"
+    """Layer norm in critics and V: true before each activation, "after" it, or false."""
     expectile: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Which expectile of Q over the data's actions is V: 0.5 is their mean, towards 1 the best of them."""
 
@@ -45,3 +46,10 @@ class IFQL(IDQL):
         c = self.cfg
         assert isinstance(c, IFQLConfig)
         return FlowPolicy(self.spec.obs_dim, self.spec.act_dim, c.hidden, steps=c.flow_steps)
+
+    def make_values(self) -> tuple[QEnsemble, ValueNet]:
+        """The critics and V, which start Xavier-uniform like the flow."""
+        q, v = super().make_values()
+        xavier_(q)
+        xavier_(v)
+        return q, v

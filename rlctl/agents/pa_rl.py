@@ -35,6 +35,7 @@ from rlctl.nets import (
 )
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
+from rlctl.ops.diffusion import Schedule, Variance
 from rlctl.ops.ensemble import check, subset_min
 from rlctl.ops.offline import conservative_gap
 from rlctl.ops.selection import best_of, climbed, drawn, top
@@ -58,6 +59,12 @@ class PARLConfig(OfflineRLConfig):
     """Its widths, or those of the Gaussian; residual blocks are all of one width, as many as there are numbers."""
     base_steps: Count = 5
     """Denoising or integration steps of a draw."""
+    schedule: Schedule = "cosine"
+    """How the noise of a diffusion grows over its steps: vp, cosine or linear."""
+    variance: Variance = "beta"
+    """Noise of its steps: of the posterior's variance, or of beta."""
+    clip_at: Literal["x0", "step"] = "step"
+    """Where it is clipped to [-1, 1]: in the denoised estimate of each step (x0), or in the state after it (step)."""
     base_lr: Positive = 3e-4
     """Adam's learning rate of the policy while it is cloned from the data."""
     distill_lr: Positive = 5e-5
@@ -131,7 +138,9 @@ class PARL(Agent):
         base = self.make_base()
         require(base, "sample", "matching_loss", "mode", by="PA-RL")
         self.base = EMA(base, c.ema_decay, 1, c.ema_start)
-        self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=c.num_critics, layer_norm=c.layer_norm)
+        dims = spec.obs_dim, spec.act_dim
+        # the scale of the official last layer, of which each row is a vector of length 0.01
+        self.q = QEnsemble(*dims, c.hidden, num=c.num_critics, layer_norm=c.layer_norm, last_variance=1e-4)
         self.q_lagged = frozen_copy(self.q)
         self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_base = adam(base.parameters(), c.base_lr)
@@ -153,7 +162,13 @@ class PARL(Agent):
         if c.base == "flow":
             return FlowPolicy(obs_dim, act_dim, steps=c.base_steps, net=net)
         return DiffusionPolicy(
-            obs_dim, act_dim, schedule="cosine", steps=c.base_steps, variance="beta", clip_at="step", net=net
+            obs_dim,
+            act_dim,
+            schedule=c.schedule,
+            steps=c.base_steps,
+            variance=c.variance,
+            clip_at=c.clip_at,
+            net=net,
         )
 
     def prepare(self, data: Dataset) -> None:

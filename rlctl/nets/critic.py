@@ -20,10 +20,11 @@ class ValueNet(nn.Module):
         hidden: Sequence[int],
         activation: Activation = "relu",
         *,
+        layer_norm: Norm = False,
         orthogonal: float | None = None,
     ) -> None:
         super().__init__()
-        self.net = mlp(obs_dim, 1, hidden, activation, orthogonal=orthogonal)
+        self.net = mlp(obs_dim, 1, hidden, activation, layer_norm=layer_norm, orthogonal=orthogonal)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Values [...] of `obs` [..., O]."""

@@ -27,20 +27,3 @@ def advanced(velocity: Velocity, x: Tensor, t: Tensor, dt: float, method: Method
     if method == "midpoint":
         v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
     return x + dt * v
-
-
-def integrated(velocity: Velocity, x: Tensor, steps: int, method: Method = "euler") -> Tensor:
-    """x [..., A] carried from t = 0 to 1 in `steps` equal steps; v is asked at t = k / steps, never at t = 1."""
-    for k in range(steps):
-        x = advanced(velocity, x, x.new_tensor(k / steps), 1 / steps, method)
-    return x
-
-
-def flow_data(velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The data a velocity at x_t points to, x + (1 - t) v."""
-    return x + (1 - t) * velocity
-
-
-def flow_noise(velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The noise a velocity at x_t comes from, x - t v; the score of x_t is -noise / (1 - t)."""
-    return x - t * velocity

@@ -131,6 +131,11 @@ def test_spread_of_samples_of_gaussian_data(
     assert float(draws.std()) == pytest.approx(std, rel=4 / 400_000**0.5 + 2e-4)
 
 
+def test_a_flow_is_never_asked_at_time_1() -> None:
+    """The grid linspace(0, 1, K) of a released code would spread the Gaussian above by 0.526 at K = 4, not by 0.341."""
+    assert make("euler", steps=4).time.tolist() == [0, 0.25, 0.5, 0.75]  # type: ignore[union-attr]
+
+
 def test_zero_networks(double: None) -> None:
     """A flow then returns its noise bit for bit; a DDIM its noise over sqrt(ab_T), 1.05191 for 10 linear steps."""
     noise, obs = torch.randn(6, ACT), torch.randn(6, OBS)
