@@ -48,6 +48,7 @@ ENTRIES = {
         Entry("rlpd", "rlctl.agents.rlpd:RLPD", "arXiv:2302.02948", "SAC beside a dataset: ensemble, many updates"),
         Entry("expo", "rlctl.agents.expo:EXPO", "arXiv:2507.07986", "best of generative draws and their small edits"),
         Entry("gorl", "rlctl.agents.gorl:GoRL", "arXiv:2512.02581", "PPO on codes; a generative decoder, refitted"),
+        Entry("gorl-sac", "rlctl.agents.gorl_sac:GoRLSAC", "arXiv:2512.02581", "SAC on codes; the decoder refitted"),
         Entry("td3", "rlctl.agents.td3:TD3", "arXiv:1802.09477", "deterministic actor, twin delayed critics"),
         Entry("bc", "rlctl.agents.bc:BC", "Pomerleau 1988", "behaviour cloning, of all or of the best episodes"),
         Entry("td3bc", "rlctl.agents.td3bc:TD3BC", "arXiv:2106.06860", "offline TD3 with a behaviour-cloning term"),

@@ -1,8 +1,9 @@
 """FQL: a flow cloned from the data, and a one-step policy distilled from it that also climbs Q.
 
 Source: Park et al. 2025, arXiv:2502.02538, algorithm 1; official code github.com/seohongpark/fql.
-Differs: the deterministic action is that of zero noise (officially evaluations draw it). alpha depends on the task and the scale of its rewards: the official table
-has 3 to 1000 with rewards in [-1, 0] and 3000 to 30000 for Adroit; with `normalize_q` 0.03 to 10 is the range to try.
+Differs: the deterministic action is that of zero noise (officially evaluations draw it). alpha depends on the task and
+the scale of its rewards: the official table has 3 to 1000 with rewards in [-1, 0] and 3000 to 30000 for Adroit; with
+`normalize_q` 0.03 to 10 is the range to try.
 """
 
 from __future__ import annotations

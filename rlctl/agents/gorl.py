@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -28,46 +27,30 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.agents.actor_critic import Rows, clipped_surrogate
+from rlctl.agents.decoder_stages import Decoders, DecoderSettings, Recent, keep_length, refit
 from rlctl.agents.ppo import PPO, PPOConfig
 from rlctl.data.ring import Ring, refuse_if_too_large
-from rlctl.errors import UsageError
-from rlctl.nets import DiffusionPolicy, FlowPolicy, GenerativePolicy, LatentDecoderPolicy, Normal, Policy
-from rlctl.nets.normalizer import FixedNorm
-from rlctl.ops import adam, frozen_copy, minimize
-from rlctl.seeding import derive, fresh_weights, generator
+from rlctl.nets import LatentDecoderPolicy, Normal
+from rlctl.seeding import derive, fresh_weights
 from rlctl.train import Job, off_policy, offline, on_policy
-from rlctl.types import Batch, Count, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, NonNegative, Positive, Spec
 
 
 @dataclass(frozen=True)
-class GoRLConfig(PPOConfig):
+class GoRLConfig(DecoderSettings, PPOConfig):
     """Defaults: stages, weights and decoder of the paper, the rest of our PPO's. `steps` counts those of the encoders
     alone, as the paper does: rollout_steps come on top before each later stage."""
 
-    stage_weights: Annotated[tuple[Positive, ...], Field(min_length=1)] = (2.0, 2.0, 1.0, 1.0)
-    """Parts of `steps` by stage; as many stages as numbers."""
-    decoder: Literal["flow", "diffusion"] = "flow"
-    """Kind of the decoders (that of stage 0 is the identity)."""
     squash: bool = True
     """The environment gets tanh of what the decoder gives; off, it clips it to [-1, 1]."""
-    decoder_hidden: Widths = (64, 64, 64, 64)
-    """Widths of the decoder's hidden layers."""
-    decoder_steps: Annotated[int, Field(ge=2)] = 10
-    """Euler steps of a flow; levels of a diffusion, which is decoded in one step less, without the noisiest level."""
     rollout_steps: Annotated[int, Field(ge=100)] = 100_000
     """Environment steps by which the trained encoder gathers what the next decoder is fitted to."""
-    decoder_updates: Count = 5000
-    """Gradient steps of each decoder."""
-    decoder_batch_size: Count = 1024
-    """Transitions per gradient step of a decoder."""
-    decoder_pairs: Count = 8
-    """Noises and times for each of them."""
-    decoder_lr: Positive = 3e-4
-    """Adam's learning rate of the decoder."""
     clip: Positive = 0.15
     """epsilon of stage 0: the ratio counts only within [1 - clip, 1 + clip]."""
     later_clip: Positive = 0.3
     """epsilon of the stages after."""
+    later_max_grad_norm: Positive = 1.0
+    """`max_grad_norm` of the stages after."""
     kl_coef: NonNegative = 5e-4
     """Weight of the penalty in stage 0."""
     later_kl_coef: NonNegative = 1e-3
@@ -79,42 +62,7 @@ class GoRLConfig(PPOConfig):
 
     def stage_steps(self) -> list[int]:
         """Environment steps of each encoder: whole rollouts that share `steps` as `stage_weights` say."""
-        size = self.num_envs * self.horizon
-        ends = [round(self.steps * x / sum(self.stage_weights)) for x in accumulate(self.stage_weights)]
-        return [max(math.ceil((b - a) / size), 1) * size for a, b in zip([0, *ends], ends, strict=False)]
-
-
-class Rollouts(Ring):
-    """What a decoder is fitted to. Every tenth row is held out: it is never sampled."""
-
-    def sample(self, n: int) -> Batch:
-        """`n` of the other rows, drawn uniformly with replacement, [n, ...]."""
-        index = torch.randint(self.size - self.size // 10, (n,), generator=self.rng, device=self.device)
-        return self.rows.map(lambda x: x.index_select(0, index + index // 9))
-
-    def held_out(self) -> Batch:
-        """The held-out rows, [size // 10, ...] (a view)."""
-        return self.whole().map(lambda x: x[9::10])
-
-
-class Decoder(Policy):
-    """The identity until it is given weights: then the generative policy they belong to."""
-
-    fitted: Tensor
-
-    def __init__(self, net: GenerativePolicy) -> None:
-        super().__init__()
-        self.net, self.can = net.requires_grad_(False), frozenset({"decode"})
-        self.register_buffer("fitted", torch.tensor(False))
-
-    def decode(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The raw action [..., A] of the code `noise` [..., A]."""
-        return torch.where(self.fitted, self.net.decode(obs, noise), noise)
-
-    def take(self, net: GenerativePolicy) -> None:
-        """Use the weights of `net` from now on."""
-        self.net.load_state_dict(net.state_dict())
-        self.fitted.fill_(True)
+        return self.shared_steps(self.num_envs * self.horizon)
 
 
 STAGE = "gorl"
@@ -128,23 +76,20 @@ def train_gorl(job: Job) -> None:
     assert isinstance(agent, GoRL)
     stages = c.stage_steps()
     rollout = math.ceil(c.rollout_steps / env.num_envs) * env.num_envs
-    rows = Rollouts(rollout, agent.spec.device, derive(job.seed, "rollouts", 31))
+    ring = Ring(rollout, agent.spec.device, derive(job.seed, "rollouts", 31))
+    rows = Recent(ring, rollout)
     refuse_if_too_large(agent.spec, rollout)
     run.plan(sum(stages) + (len(stages) - 1) * (rollout + c.decoder_updates))
     run.stage(agent, STAGE)  # restores a resumed run
-    if agent.counters["steps"] != c.steps:
-        raise UsageError(
-            f"this run was begun with {agent.counters['steps']:,} steps, shared by its stages: it cannot be made "
-            f"{c.steps:,} long; start a new one, or go on without --steps"
-        )
+    keep_length(agent)
     env_steps = updates = 0
     for j, steps in enumerate(stages):
         if j > 0:
             env_steps, updates = env_steps + rollout, updates + c.decoder_updates
             off_policy(
-                agent, env, rows, run, steps=env_steps, batch_size=1, learning_starts=0, updates_per_step=0, stage=STAGE
+                agent, env, ring, run, steps=env_steps, batch_size=1, learning_starts=0, updates_per_step=0, stage=STAGE
             )
-            learn = partial(agent.refit, rows)
+            learn = partial(refit, agent, rows)
             offline(agent, rows, run, updates=updates, batch_size=c.decoder_batch_size, learn=learn, stage=STAGE)
         now = run.stage(agent, STAGE)
         if (now.env_steps, now.updates) == (env_steps, updates):
@@ -160,48 +105,22 @@ class GoRL(PPO):
     one_length = "its stages share the steps"
     schedule: ClassVar[Callable[[Job], None] | None] = staticmethod(train_gorl)
     cfg: GoRLConfig
-    best_loss: Tensor
 
     def __init__(self, spec: Spec, cfg: GoRLConfig | None = None) -> None:
         super().__init__(spec, cfg)  # encoder, critic and their normalisers, drawn as PPO draws them
-        self.decoder = Decoder(self.make_decoder())
-        self.decoder_norm = FixedNorm(spec.obs_dim)
-        self.next_decoder = self.make_decoder()
-        """In training in phase 2; `decoder` acts meanwhile."""
-        self.next_norm = FixedNorm(spec.obs_dim)
-        self.best_decoder = frozen_copy(self.next_decoder)
-        """The weights of next_decoder that had the smallest held-out loss."""
-        self.register_buffer("best_loss", torch.tensor(torch.finfo(torch.float32).max))
-        self.opt_decoder = adam(self.next_decoder.parameters(), self.cfg.decoder_lr)
+        self.decoders = Decoders(spec, self.cfg)
+        self.opt_decoder = self.decoders.optimizer()
         self.counters |= {"steps": self.cfg.steps, "stage": 0, "stage_began": 0, "decoder_updates": 0}
-
-    def make_decoder(self) -> GenerativePolicy:
-        """A decoder of raw actions, with fresh weights."""
-        c, (obs_dim, act_dim) = self.cfg, self.spec[:2]
-        k, hidden = c.decoder_steps, c.decoder_hidden
-        if c.decoder == "flow":
-            return FlowPolicy(obs_dim, act_dim, hidden, "silu", steps=k, clip=None)
-        return DiffusionPolicy(
-            obs_dim,
-            act_dim,
-            hidden,
-            "silu",
-            schedule="cosine",
-            steps=k,
-            sampler="ddim",
-            sampling_steps=k - 1,
-            clip=None,
-        )
 
     @property
     def policy(self) -> LatentDecoderPolicy:
         """Encoder and decoder as one."""
         return LatentDecoderPolicy(
             self.pi,
-            self.decoder,
+            self.decoders.acting,
             squash=self.cfg.squash,
             encoder_norm=self.obs_norm,
-            decoder_norm=self.decoder_norm,
+            decoder_norm=self.decoders.norm,
         )
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -212,13 +131,11 @@ class GoRL(PPO):
         raw = policy.raw_action(obs, code)
         return (raw.tanh() if policy.squash else raw), {"code": code, "raw_action": raw}
 
-    # ------------------------------------------------------------------------------------------- phase 1: the encoder
     def begin(self, stage: int) -> None:
         """Begin a stage: the new decoder acts; encoder, critic, normalisers and optimiser start from scratch."""
         if stage == 0:
             return
-        self.decoder.take(self.best_decoder)
-        self.decoder_norm.load_state_dict(self.next_norm.state_dict())
+        self.decoders.switch()
         with fresh_weights(self.spec.seed, f"init/encoder{stage}", self.spec.device):
             new = PPO(self.spec, self.cfg)
         self.pi, self.v, self.opt = new.pi, new.v, new.opt
@@ -246,47 +163,11 @@ class GoRL(PPO):
             kl = weight * (pi.mean.square().mean() + (2 * pi.log_std).exp().mean())
         return kl if others is None else others + kl
 
+    def grad_bound(self) -> float:
+        """Largest L2 norm of the gradient of a step."""
+        return self.cfg.later_max_grad_norm if self.counters["stage"] else self.cfg.max_grad_norm
+
     def part_done(self) -> float:
         """Part of the stage that lies behind, for the learning rate."""
         updates = self.cfg.stage_steps()[self.counters["stage"]] // (self.cfg.num_envs * self.cfg.horizon)
         return min((self.counters["updates"] - self.counters["stage_began"]) / updates, 1.0)
-
-    # ------------------------------------------------------------------------------------------- phase 2: the decoder
-    def refit(self, rows: Rollouts, b: Batch) -> Metrics:
-        """One step of the next decoder on a batch `b` of `rows`; 50 times in all, compare it on the held-out ones."""
-        c = self.cfg
-        if self.counters["decoder_updates"] == 0:
-            self.new_decoder(rows)
-        self.counters["decoder_updates"] += 1
-        done = self.counters["decoder_updates"]
-        metrics = {"losses/decoder": minimize(self.decoder_loss(b), self.opt_decoder)}
-        if done % max(c.decoder_updates // 50, 1) == 0 or done == c.decoder_updates:
-            metrics["losses/decoder_held_out"] = self.compare(rows.held_out())
-        return metrics
-
-    @torch.no_grad()
-    def new_decoder(self, rows: Rollouts) -> None:
-        """Fresh weights and optimiser; observation statistics of `rows`."""
-        with fresh_weights(self.spec.seed, f"init/decoder{self.counters['stage']}", self.spec.device):
-            self.next_decoder = self.make_decoder()
-        self.opt_decoder = adam(self.next_decoder.parameters(), self.cfg.decoder_lr)
-        self.next_norm.fit(rows.whole().obs)
-        self.best_loss.fill_(torch.finfo(torch.float32).max)
-
-    def decoder_loss(self, b: Batch) -> Tensor:
-        """E of the matching loss on raw actions, `decoder_pairs` noises and times each; the noise is the prior's."""
-        g = self.rng["sample"]
-        noise, time = self.next_decoder.draw_pairs(b.extra["raw_action"], self.cfg.decoder_pairs, g)
-        return self.next_decoder.matching_loss(self.next_norm(b.obs), b.extra["raw_action"], noise, time).mean()
-
-    @torch.no_grad()
-    def compare(self, held_out: Batch) -> Tensor:
-        """The loss on held-out rows, at noises and times that are the same each time; the best weights are kept."""
-        raw = held_out.extra["raw_action"]
-        noise, time = self.next_decoder.draw_pairs(raw, generator=generator(self.spec.seed, "held out", raw.device))
-        loss = self.next_decoder.matching_loss(self.next_norm(held_out.obs), raw, noise, time).mean()
-        better = loss < self.best_loss
-        for best, now in zip(self.best_decoder.parameters(), self.next_decoder.parameters(), strict=True):
-            best.copy_(torch.where(better, now, best))
-        self.best_loss.copy_(torch.minimum(loss, self.best_loss))
-        return loss

@@ -92,6 +92,10 @@ class PPO(Agent):
         """-ent_coef entropy, where `pi` are the policy's distributions in a minibatch; None where it weighs nothing."""
         return -self.cfg.ent_coef * pi.entropy().mean() if self.cfg.ent_coef else None
 
+    def grad_bound(self) -> float:
+        """Largest L2 norm of the gradient of a step."""
+        return self.cfg.max_grad_norm
+
     def part_done(self) -> float:
         """Part of the learning rate's way to 0 that lies behind, in [0, 1]."""
         return min(self.counters["updates"] / self.total_updates, 1.0)
@@ -119,7 +123,7 @@ class PPO(Agent):
         for _ in range(c.epochs):
             for minibatch in minibatches(rows, c.minibatch_size, self.rng["sample"]):
                 loss, metrics = self.loss(minibatch)
-                minimize(loss, self.opt, c.max_grad_norm)
+                minimize(loss, self.opt, self.grad_bound())
                 log.append(metrics)
         metrics = mean_of(log) | step_taken(self.pi, rows, c.clip)
         self.obs_norm.update(batch.obs)

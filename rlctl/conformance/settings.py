@@ -78,6 +78,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "flow-bc": {"flow_steps": 4},
     "gorl": {"rollout_steps": 100, "decoder_updates": 6},
+    "gorl-sac": {"recent_steps": 100, "decoder_updates": 6},
     "diffusion-ql": {"num_candidates": 5},
     "fql": {"flow_steps": 4},
     "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
@@ -118,6 +119,8 @@ SOLVE: dict[str, dict[str, Any]] = {
     | {"alpha": 0.005, "learn_alpha": False, "hidden": (64, 64), "critic_lr": 2e-3, "base_lr": 3e-3, "base_tau": 0.05},
     "gorl": {"steps": 8 * 16 * 60, "log_std": -1.0, "clip": 0.2, "stage_weights": (1.0, 1.0)}
     | {"rollout_steps": 2000, "decoder_updates": 300, "decoder_lr": 3e-3},
+    "gorl-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False, "stage_weights": (2.0, 1.0)}
+    | {"recent_steps": 500, "decoder_updates": 300, "decoder_lr": 3e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
@@ -188,7 +191,7 @@ BACKUP_ALONE: dict[str, dict[str, Any]] = {n: {"cql_weight": 0.0} for n in ("cql
 """Settings that leave the backup as the only use of a successor: CQL's penalty takes some of its actions from pi(s'),
 whether or not the episode went on."""
 
-ELSEWHERE = {"gorl": ("next_decoder.",)}
+ELSEWHERE = {"gorl": ("decoders.next.",), "gorl-sac": ("decoders.next.",)}
 """Beginnings of names of parameters that another phase than `update` learns."""
 
 Learns = Literal["values", "actions", "neither"]

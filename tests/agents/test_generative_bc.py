@@ -161,13 +161,14 @@ class FourModes(nn.Module):
 
     def forward(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         # x = scale a + width noise; given x and the mode, the action's mean is a step from the centre
-        scale, width = (t, 1 - t) if self.alpha_bar is None else (self.alpha_bar[t].sqrt(), (1 - self.alpha_bar[t]).sqrt())
+        ab = None if self.alpha_bar is None else self.alpha_bar[t]
+        scale, width = (t, 1 - t) if ab is None else (ab.sqrt(), (1 - ab).sqrt())
         off = x.unsqueeze(-2) - scale * CENTRES
         var = (0.05 * scale).square() + width.square()
         weight = (-off.square().sum(-1) / (2 * var)).softmax(-1)
         action = (weight.unsqueeze(-1) * (CENTRES + 0.05**2 * scale * off / var)).sum(-2)
         noise = (x - scale * action) / width
-        return noise if self.alpha_bar is not None else action - noise
+        return action - noise if ab is None else noise
 
 
 PARL_VP = {"schedule": "vp", "variance": "posterior", "clip_at": "x0", "base_steps": 10}
@@ -191,7 +192,7 @@ PARL_VP = {"schedule": "vp", "variance": "posterior", "clip_at": "x0", "base_ste
         ("pa-rl", {}, 0.85),
     ],
 )
-def test_default_samplers_keep_to_the_modes(name: str, settings: dict[str, Any], known: float) -> None:
+def test_how_well_samplers_keep_to_the_modes(name: str, settings: dict[str, Any], known: float) -> None:
     """The share of draws near a mode when the network is perfect: what the sampler alone loses by having few steps."""
     agent = agents.make(name, Spec(1, 2), agents.get(name).Config(**settings))
     policy = next(m for m in agent.modules() if isinstance(m, GenerativePolicy))

@@ -14,8 +14,11 @@ from torch import Tensor
 
 import rlctl_envs
 from rlctl import agents
-from rlctl.agents.gorl import STAGE, GoRL, GoRLConfig, Rollouts, train_gorl
+from rlctl.agents.decoder_stages import Recent
+from rlctl.agents.decoder_stages import refit as refit_step
+from rlctl.agents.gorl import STAGE, GoRL, GoRLConfig, train_gorl
 from rlctl.agents.ppo import PPOConfig
+from rlctl.data.ring import Ring
 from rlctl.errors import Interrupted, UsageError
 from rlctl.nets import Normal
 from rlctl.run import Run, RunConfig
@@ -96,19 +99,19 @@ def test_stage_0_is_ppo_bit_for_bit(decoder: str, squash: bool, task: str) -> No
 
 
 # --------------------------------------------------------------------------------------------------------- phase 1
-def gathered(agent: GoRL, n: int, action: Tensor | None = None) -> Rollouts:
+def gathered(agent: GoRL, n: int, action: Tensor | None = None) -> Recent:
     """Rollouts of the agent in made-up states; or with given raw actions."""
-    rows = Rollouts(n, seed=1)
+    ring = Ring(n, seed=1)
     b = transitions(torch.Generator().manual_seed(5), n)
     with agent.borrowed_rng(0), torch.no_grad():
         acted, extra = agent.act(b.obs, explore=True)
     extra = extra if action is None else {"code": torch.zeros_like(action), "raw_action": action}
-    rows.add(b._replace(action=acted, extra=extra))
-    return rows
+    ring.add(b._replace(action=acted, extra=extra))
+    return Recent(ring, n)
 
 
-def refit(agent: GoRL, rows: Rollouts, steps: int, batch_size: int = 64) -> list[Metrics]:
-    return [agent.refit(rows, rows.sample(batch_size)) for _ in range(steps)]
+def refit(agent: GoRL, rows: Recent, steps: int, batch_size: int = 64) -> list[Metrics]:
+    return [refit_step(agent, rows, rows.sample(batch_size)) for _ in range(steps)]
 
 
 def trained(decoder: str = "flow", **overrides: Any) -> GoRL:
@@ -145,7 +148,7 @@ def test_phase_1_moves_encoder_and_critic_alone(decoder: str) -> None:
     before = snapshot(agent)
     agent.update(batch_for(agent))
     assert {k.split(".")[0] for k in differing(agent, before)} == {"pi", "v", "obs_norm", "reward_scale"}
-    assert not any(p.requires_grad for p in agent.decoder.parameters())
+    assert not any(p.requires_grad for p in agent.decoders.acting.parameters())
 
 
 def test_the_penalty_by_number(double: None) -> None:
@@ -192,6 +195,16 @@ def test_the_clip_of_later_stages() -> None:
     assert float(agent.policy_loss(ratio, adv)) == pytest.approx(-1.4)
 
 
+def test_the_gradient_bound_of_later_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[float] = []
+    monkeypatch.setattr("rlctl.agents.ppo.minimize", lambda loss, opt, bound: bounds.append(bound))
+    agent = gorl(max_grad_norm=0.2, later_max_grad_norm=0.7, stage_weights=(1.0, 1.0))
+    for stage in (0, 1):
+        agent.counters["stage"] = stage
+        agent.update(batch_for(agent))
+    assert (bounds[0], bounds[-1], set(bounds)) == (0.2, 0.7, {0.2, 0.7})
+
+
 def test_the_learning_rate_falls_over_each_stage() -> None:
     agent = gorl(steps=6 * 64, stage_weights=(2.0, 1.0), anneal_lr=True, lr=1e-3)
     rates = []
@@ -204,12 +217,19 @@ def test_the_learning_rate_falls_over_each_stage() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- phase 2
-def test_held_out_rows_are_never_sampled() -> None:
-    rows = Rollouts(25, seed=0)
-    b = transitions(torch.Generator().manual_seed(0), 25)
-    rows.add(b._replace(reward=torch.arange(25.0)))
-    assert rows.held_out().reward.tolist() == [9.0, 19.0]
-    assert sorted({int(r) for r in rows.sample(5000).reward}) == [i for i in range(25) if i not in (9, 19)]
+@pytest.mark.parametrize("added", [25, 40])
+def test_held_out_rows_are_never_sampled(added: int) -> None:
+    """Also where the ring has begun anew, and of its 30 rows the newest 25 are asked for."""
+    ring = Ring(30, seed=0)
+    b = transitions(torch.Generator().manual_seed(0), added)
+    for lo in range(0, added, 5):
+        part = b._replace(reward=torch.arange(float(added))).map(lambda x, lo=lo: x[lo : lo + 5])  # type: ignore[misc]
+        ring.add(part)
+    rows, first = Recent(ring, 25), added - 25
+    assert len(rows) == 25
+    assert rows.whole().reward.tolist() == list(range(first, added))
+    assert rows.held_out().reward.tolist() == [first + 9, first + 19]
+    assert sorted({int(r) - first for r in rows.sample(5000).reward}) == [i for i in range(25) if i not in (9, 19)]
 
 
 @both_decoders
@@ -217,11 +237,11 @@ def test_phase_2_moves_the_next_decoder_alone(decoder: str) -> None:
     agent = gorl(decoder=decoder, decoder_updates=4)
     rows, before = gathered(agent, 200), snapshot(agent)
     metrics = refit(agent, rows, 4)
-    moved = {k.split(".")[0] for k in differing(agent, before)}
-    assert moved == {"next_decoder", "next_norm", "best_decoder", "best_loss"}
+    moved = {k.removeprefix("decoders.").split(".")[0] for k in differing(agent, before)}
+    assert moved == {"next", "next_norm", "best", "best_loss"}
     assert metrics[-1].keys() == {"losses/decoder", "losses/decoder_held_out"}
     obs = rows.whole().obs
-    torch.testing.assert_close(agent.next_norm(obs).mean(0), torch.zeros(OBS_DIM), rtol=0, atol=1e-4)
+    torch.testing.assert_close(agent.decoders.next_norm(obs).mean(0), torch.zeros(OBS_DIM), rtol=0, atol=1e-4)
 
 
 def test_phase_2_does_not_see_the_codes(double: None) -> None:
@@ -235,7 +255,7 @@ def test_phase_2_does_not_see_the_codes(double: None) -> None:
             extra["code"], b = 3 * extra["code"].flip(0), b._replace(action=b.action.flip(0))
         elif change == 2:
             extra["raw_action"] = extra["raw_action"].tanh()
-        losses.append(agent.decoder_loss(b._replace(extra=extra)))
+        losses.append(agent.decoders.loss(b._replace(extra=extra), agent.rng["sample"]))
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])  # it is the raw actions that count
 
@@ -249,8 +269,8 @@ def test_the_refitted_decoder_makes_actions_of_noise(decoder: str) -> None:
     rows = gathered(agent, 2000, mean + std * torch.randn(2000, 2, generator=g))
     agent.counters["decoder_updates"] = 0
     refit(agent, rows, 500, 256)
-    assert not bool(agent.decoder.fitted)
-    agent.best_decoder.load_state_dict(agent.next_decoder.state_dict())
+    assert not bool(agent.decoders.acting.fitted)
+    agent.decoders.best.load_state_dict(agent.decoders.next.state_dict())
     agent.begin(1)
     with torch.no_grad():
         raw = agent.policy.raw_action(rows.whole().obs, torch.randn(2000, 2, generator=g))
@@ -264,16 +284,16 @@ def test_the_best_weights_on_held_out_rows_are_kept() -> None:
     log = refit(agent, rows, 100)
     held_out = [float(m["losses/decoder_held_out"]) for m in log if "losses/decoder_held_out" in m]
     assert len(held_out) == 50
-    kept = float(agent.best_loss)
+    kept = float(agent.decoders.best_loss)
     assert kept == min(held_out) < held_out[0]
-    for p in agent.next_decoder.parameters():
+    for p in agent.decoders.next.parameters():
         p.data.add_(1.0)  # worse
-    best = snapshot(agent.best_decoder)
-    assert float(agent.compare(rows.held_out())) > kept
-    assert float(agent.best_loss) == kept
-    assert differing(agent.best_decoder, best) == []
-    agent.next_decoder.load_state_dict(best)
-    assert float(agent.compare(rows.held_out())) == kept  # the same noise every time
+    best = snapshot(agent.decoders.best)
+    assert float(agent.decoders.compare(rows.held_out())) > kept
+    assert float(agent.decoders.best_loss) == kept
+    assert differing(agent.decoders.best, best) == []
+    agent.decoders.next.load_state_dict(best)
+    assert float(agent.decoders.compare(rows.held_out())) == kept  # the same noise every time
 
 
 # --------------------------------------------------------------------------------------------------------- a stage
@@ -282,11 +302,11 @@ def test_a_stage_begins_with_a_fresh_encoder_under_the_new_decoder() -> None:
     first = snapshot(agent)
     agent.update(batch_for(agent))
     refit(agent, gathered(agent, 200), 20)
-    best = snapshot(agent.best_decoder)
+    best = snapshot(agent.decoders.best)
     agent.begin(1)
-    assert differing(agent.decoder.net, best) == []
-    assert differing(agent.decoder_norm, snapshot(agent.next_norm)) == []
-    assert bool(agent.decoder.fitted)
+    assert differing(agent.decoders.acting.net, best) == []
+    assert differing(agent.decoders.norm, snapshot(agent.decoders.next_norm)) == []
+    assert bool(agent.decoders.acting.fitted)
     assert float(agent.obs_norm.count) == 0.0
     assert not agent.opt.state
     held = {id(p) for g in agent.opt.param_groups for p in g["params"]}
@@ -309,11 +329,11 @@ def test_stages_share_the_steps() -> None:
 def test_encoder_and_decoder_see_normalised_observations() -> None:
     agent = trained()
     obs = torch.randn(NUM_ENVS, OBS_DIM) * 3 + 1
-    seen, decoded = recorded_inputs(agent.pi), recorded_inputs(agent.decoder.net.net)  # type: ignore[arg-type]
+    seen, decoded = recorded_inputs(agent.pi), recorded_inputs(agent.decoders.acting.net.net)  # type: ignore[arg-type]
     agent.act(obs, explore=True)
     torch.testing.assert_close(seen[0][0], agent.obs_norm(obs))
-    torch.testing.assert_close(decoded[0][0], agent.decoder_norm(obs))
-    assert not torch.allclose(agent.decoder_norm(obs), obs)
+    torch.testing.assert_close(decoded[0][0], agent.decoders.norm(obs))
+    assert not torch.allclose(agent.decoders.norm(obs), obs)
 
 
 @both_decoders
@@ -326,7 +346,7 @@ def test_four_modes(decoder: str) -> None:
     g = torch.Generator().manual_seed(0)
     raw = modes[torch.randint(4, (4000,), generator=g)] + 0.1 * torch.randn(4000, 2, generator=g)
     rows = gathered(agent, 4000, raw)
-    rows.rows.obs.zero_()
+    rows.ring.rows.obs.zero_()
     refit(agent, rows, 700, 256)
     agent.begin(1)
 
