@@ -76,12 +76,13 @@ TINY: dict[str, dict[str, Any]] = {
         "num_edits": 2,
         "beta": 0.3,
     },
+    "diffusion-bc": {"diffusion_steps": 5},
     "flow-bc": {"flow_steps": 4},
     "gorl": {"rollout_steps": 100, "decoder_updates": 6},
     "gorl-sac": {"recent_steps": 100, "decoder_updates": 6},
     "diffusion-ql": {"num_candidates": 5},
     "fql": {"flow_steps": 4},
-    "idql": {"width": 8, "blocks": 1, "num_candidates": 5},
+    "idql": {"width": 8, "blocks": 1, "num_candidates": 5, "diffusion_steps": 5},
     "ifql": {"flow_steps": 4, "num_candidates": 5},
     "dppo": {"diffusion_steps": 3},
     "pa-rl": {"bc_share": 2e-6, "base_net": "mlp", "base_hidden": (16, 16), "num_critics": 3, "num_actions": 3}
@@ -119,8 +120,8 @@ SOLVE: dict[str, dict[str, Any]] = {
     | {"alpha": 0.005, "learn_alpha": False, "hidden": (64, 64), "critic_lr": 2e-3, "base_lr": 3e-3, "base_tau": 0.05},
     "gorl": {"steps": 8 * 16 * 60, "log_std": -1.0, "clip": 0.2, "stage_weights": (1.0, 1.0)}
     | {"rollout_steps": 2000, "decoder_updates": 300, "decoder_lr": 3e-3},
-    "gorl-sac": {"steps": 1500, "num_envs": 1, "alpha": 0.005, "learn_alpha": False, "stage_weights": (2.0, 1.0)}
-    | {"recent_steps": 500, "decoder_updates": 300, "decoder_lr": 3e-3},
+    "gorl-sac": {"steps": 1000, "num_envs": 1, "alpha": 0.005, "learn_alpha": False, "stage_weights": (2.0, 1.0)}
+    | {"recent_steps": 400, "decoder_updates": 200, "decoder_lr": 3e-3},
     # alpha large: the point is to solve the task, not to stay near a random policy
     "td3bc": {"steps": 1500, "alpha": 100.0, "hidden": (64, 64), "critic_lr": 2e-3},
     # the data hold every action in every state, so its own alpha will do
@@ -160,14 +161,14 @@ SOLVE: dict[str, dict[str, Any]] = {
     | {"num_candidates": 4, "num_kept": 2, "search_steps": 5, "search_size": 0.2, "num_critics": 2}
     | {"hidden": (64, 64), "critic_lr": 2e-3, "layer_norm": False, "cql_weight": 0.0},
     "bc": {"steps": 1000},
-    "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
+    "diffusion-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64), "diffusion_steps": 5},
     "flow-bc": {"steps": 1500, "ema_start": 500, "hidden": (64, 64)},
     # eta and the expectile large, alpha small: the point is to solve the task, not to stay near a random policy
     "diffusion-ql": {"steps": 700, "eta": 20.0, "ema_start": 0, "ema_every": 1, "ema_decay": 0.95, "critic_lr": 3e-3}
     | {"hidden": (48, 48), "num_candidates": 8, "diffusion_steps": 3},
     "fql": {"steps": 800, "alpha": 0.1, "lr": 3e-3, "hidden": (48, 48), "flow_steps": 3},
     "idql": {"steps": 1000, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 2e-3}
-    | {"ema_start": 0, "ema_decay": 0.95, "width": 16, "blocks": 1},
+    | {"ema_start": 0, "ema_decay": 0.95, "width": 16, "blocks": 1, "diffusion_steps": 5},
     "ifql": {"steps": 1000, "expectile": 0.99, "v_lr": 5e-3, "critic_hidden": (64, 64), "critic_lr": 2e-3}
     | {"ema_start": 0, "ema_decay": 0.95, "hidden": (32, 32), "flow_steps": 4, "layer_norm": False},
 }

@@ -32,7 +32,16 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-COSTLY = {"cal-ql", "famo2o-cql", "famo2o-iql"} | {"diffusion-ql", "expo", "fql", "idql", "ifql", "pa-rl", "rlpd"}
+COSTLY = {"cal-ql", "famo2o-cql", "famo2o-iql"} | {
+    "diffusion-ql",
+    "expo",
+    "fql",
+    "idql",
+    "ifql",
+    "pa-rl",
+    "rlpd",
+    "gorl-sac",
+}
 """Variants of learners that solve every probe in the default suite, and learners of several seconds a probe: theirs are
 two (values over time, the choice of an action by the observation), the others are slow."""
 SLOW = {f"probe-{which}" for which in PROBES} - {"probe-delayed", "probe-both"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from rlctl.run import Run, RunConfig
 from rlctl.train import Job
 from rlctl.types import Agent, Batch, Metrics, Spec
 from rlctl_envs.probes import make_probe
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a second write many files, and are read back through the same kernel."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
 
 both_decoders = pytest.mark.parametrize("decoder", ["flow", "diffusion"])
 
@@ -67,12 +75,11 @@ class Given(nn.Module):
         self.policy, self.noise = policy, noise
 
     def forward(self, obs: Tensor) -> Given:
-        self.pi = self.policy(obs)
+        self.pi: TanhNormal = self.policy(obs)
         return self
 
     def sample_log_prob(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        draw: tuple[Tensor, Tensor] = self.pi.sample_log_prob(self.noise)
-        return draw
+        return self.pi.sample_log_prob(self.noise)
 
 
 class WithPrior(nn.Module):
@@ -119,6 +126,17 @@ def test_without_a_decoder_it_is_sac_whose_values_know_the_prior(double: None) -
     torch.testing.assert_close(agent.alpha_loss(kl), sac.alpha_loss(divergence), rtol=0, atol=1e-9)
 
 
+class OfCode(nn.Module):
+    """Q_j = -|e - c|^2 / (2 l), e the raw action."""
+
+    def __init__(self, c: float, length: float) -> None:
+        super().__init__()
+        self.c, self.length = c, length
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return (-(action.atanh() - self.c).square().sum(-1) / (2 * self.length)).expand(2, -1)
+
+
 def test_the_optimum_of_a_bandit(double: None) -> None:
     """Q = -(e - c)^2 / (2 l) of the code itself: e* = c / (1 + alpha l), sigma^2 = alpha l / (1 + alpha l)."""
     alpha, c, length = 0.4, 0.7, 0.5
@@ -126,7 +144,7 @@ def test_the_optimum_of_a_bandit(double: None) -> None:
     best = c / (1 + alpha * length), 0.5 * math.log(alpha * length / (1 + alpha * length))
     out = torch.tensor([best[0]] * 2 + [best[1]] * 2, requires_grad=True)
     agent.pi.net = Table(out.expand(4, 4))  # type: ignore[assignment]
-    agent.q = lambda obs, a: (-(a.atanh() - c).square().sum(-1) / (2 * length)).expand(2, -1)  # type: ignore[assignment]
+    agent.q = OfCode(c, length)  # type: ignore[assignment]
     loss, _ = agent.actor_loss(transitions(torch.Generator().manual_seed(0), 4), SIGNS.double())
     assert float(torch.autograd.grad(loss, out)[0].abs().max()) < 1e-12
 
@@ -135,7 +153,8 @@ def test_critic_loss_by_hand(double: None) -> None:
     """KL of N(0.5, 2^2) in one dimension and the prior in the other: (0.25 + 4 - 1)/2 - log 2; y = [r + 0.9 ...]."""
     agent = gorl_sac(alpha=0.5, gamma=0.9)
     agent.pi.net = Table(torch.tensor([0.5, 0.0, math.log(2.0), 0.0]).expand(3, 4))  # type: ignore[assignment]
-    agent.q_lagged = Table(torch.tensor([[1.0, 5.0, -3.0], [2.0, 4.0, 7.0]]))  # type: ignore[assignment]
+    lagged = Table(torch.tensor([[1.0, 5.0, -3.0], [2.0, 4.0, 7.0]]))
+    agent.q_lagged = lagged  # type: ignore[assignment]
     q = torch.tensor([[3.0, 2.5, 2.0], [4.0, 0.0, 3.0]])
     agent.q = Table(q)  # type: ignore[assignment]
     b = transitions(torch.Generator().manual_seed(0), 3)._replace(
@@ -149,7 +168,7 @@ def test_critic_loss_by_hand(double: None) -> None:
     expected = (q - backup).square().mean(1).sum()
     assert float(agent.critic_loss(b, noise)) == pytest.approx(float(expected), abs=1e-7)
     action = (torch.tensor([0.5, 0.0]) + torch.tensor([2.0, 1.0]) * noise).tanh()
-    torch.testing.assert_close(agent.q_lagged.seen[0][1], action, rtol=0, atol=1e-6)  # type: ignore[union-attr]
+    torch.testing.assert_close(lagged.seen[0][1], action, rtol=0, atol=1e-6)
 
 
 def test_the_weight_of_the_kl_holds_it_at_its_target() -> None:
@@ -283,10 +302,10 @@ class StopAt(Run):
 
 
 def small_run(run: Run, **changes: Any) -> GoRLSAC:
-    """Three stages of 60 steps in two worlds of the probe `time-limit`, whose state takes long to forget."""
+    """Three stages of 40 steps in two worlds of the probe `time-limit`, whose state takes long to forget."""
     options: dict[str, Any] = {"num_envs": 2, "batch_size": 8, "hidden": (8,), "learning_starts": 20}
     options |= {"decoder_hidden": (8, 8), "decoder_steps": 3, "decoder_updates": 12, "decoder_batch_size": 16}
-    options |= {"steps": 180, "stage_weights": (1.0, 1.0, 1.0), "recent_steps": 100, "buffer_size": 150}
+    options |= {"steps": 120, "stage_weights": (1.0, 1.0, 1.0), "recent_steps": 100, "buffer_size": 100}
     cfg = GoRLSACConfig(**(options | changes))
     env = make_probe("time-limit", 2, seed=1)
     agent = agents.make("gorl-sac", Spec(env.obs_dim, env.act_dim, 2, seed=4), cfg)
@@ -301,9 +320,9 @@ def test_a_run_takes_the_steps_it_planned(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Run, "plan", lambda self, total: planned.append(total))
     run = Run()
     agent = small_run(run)
-    assert (run.env_steps, run.updates) == (180, 160 + 2 * 12)
-    assert planned == [run.progress] == [180 + 2 * 12]
-    assert (agent.counters["stage"], agent.counters["updates"], agent.counters["env_steps"]) == (2, 160, 180)
+    assert (run.env_steps, run.updates) == (120, 100 + 2 * 12)
+    assert planned == [run.progress] == [120 + 2 * 12]
+    assert (agent.counters["stage"], agent.counters["updates"], agent.counters["env_steps"]) == (2, 100, 120)
     assert bool(agent.decoders.acting.fitted)
 
 
@@ -313,8 +332,8 @@ def test_resumed_anywhere_equals_never_stopped(tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", options)
     expected = {**small_run(whole).state_dict(), "made": torch.tensor([whole.env_steps, whole.updates])}
     whole.close()
-    ends = [60, 72, 132, 144]  # of stage, refit, stage, refit
-    for at in (16, 40, *ends, 66, 100, 138, 190):
+    ends = [40, 52, 104]  # of the first stage, the first refit, the second
+    for at in (30, *ends, 46, 130):
         folder = tmp_path / f"at{at}"
         run = StopAt(folder, options)
         run.stop_at = at
@@ -329,15 +348,15 @@ def test_resumed_anywhere_equals_never_stopped(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the first of 3 stages takes 60 steps and learning starts after 60"):
-        small_run(Run(), learning_starts=60)
-    small_run(Run(), learning_starts=170, steps=180, stage_weights=(1.0,))  # no decoder, no complaint
+    with pytest.raises(UsageError, match="the first of 3 stages takes 40 steps and learning starts after 40"):
+        small_run(Run(), learning_starts=40)
+    small_run(Run(), learning_starts=110, steps=120, stage_weights=(1.0,))  # no decoder, no complaint
     run = StopAt(tmp_path / "run", RunConfig(tensorboard=False))
     run.stop_at = 100
     with pytest.raises(Interrupted):
         small_run(run)
     run.close()
     again = Run(tmp_path / "run", RunConfig(tensorboard=False), resume=True)
-    with pytest.raises(UsageError, match="begun with 180 steps"):
+    with pytest.raises(UsageError, match="begun with 120 steps"):
         small_run(again, steps=240)
     again.close()
