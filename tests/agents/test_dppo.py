@@ -21,8 +21,9 @@ SMALL: dict[str, Any] = {"num_envs": 4, "horizon": 16, "critic_hidden": (16,), "
 
 
 def cloned(**overrides: Any) -> DiffusionBC:
-    """A diffusion-bc agent that has learned a little of some data."""
-    agent = agents.make(DiffusionBC, Spec(OBS_DIM, ACT_DIM), DiffusionBCConfig(hidden=(16,), **overrides))
+    """A diffusion-bc agent of 5 levels that has learned a little of some data."""
+    cfg = DiffusionBCConfig(**({"hidden": (16,), "diffusion_steps": 5} | overrides))
+    agent = agents.make(DiffusionBC, Spec(OBS_DIM, ACT_DIM), cfg)
     assert isinstance(agent, DiffusionBC)
     rows = transitions(torch.Generator().manual_seed(5), 300)
     agent.prepare(as_dataset(rows))

@@ -200,7 +200,9 @@ def test_the_temperature_holds_the_entropy_at_its_target() -> None:
     agent = expo(beta=0.2, hidden=(16,), alpha_lr=3e-2)
     assert agent.target_entropy == pytest.approx(ACT_DIM * (math.log(0.2) - 0.5))
     agent.q = Near(0.05, -0.05)  # type: ignore[assignment]
-    opt, batch, entropy = adam(agent.edit.parameters(), 1e-2), at_zero(256, action=torch.zeros(256, ACT_DIM)), []
+    opt, entropy = adam(agent.edit.parameters(), 1e-2), []
+    batch = at_zero(256, action=torch.full((256, ACT_DIM), 0.02))
+    batch.obs.fill_(1.0)  # of an input of zeros, under biases of zero, a ReLU network learns the last biases alone
     for _ in range(500):
         loss, logp = agent.edit_loss(batch)
         minimize(loss, opt)
