@@ -203,7 +203,7 @@ def test_the_temperature_holds_the_entropy_at_its_target() -> None:
     opt, entropy = adam(agent.edit.parameters(), 1e-2), []
     batch = at_zero(256, action=torch.full((256, ACT_DIM), 0.02))
     batch.obs.fill_(1.0)  # of an input of zeros, under biases of zero, a ReLU network learns the last biases alone
-    for _ in range(500):
+    for _ in range(800):
         loss, logp = agent.edit_loss(batch)
         minimize(loss, opt)
         minimize(agent.alpha_loss(logp), agent.opt_alpha)
