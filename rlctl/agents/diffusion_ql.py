@@ -20,15 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, Policy, QEnsemble, require
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import sampled_backup
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,9 @@ class DiffusionQLConfig(OfflineRLConfig):
     """Update from which the slow policy is an average; before, a copy."""
 
 
-class DiffusionQL(Agent):
+class DiffusionQL(OfflineLearner):
     """Twin critics, a diffusion policy with a slow copy, softmax of values to act."""
 
-    regime = "offline"
     Config = DiffusionQLConfig
     cfg: DiffusionQLConfig
 
@@ -86,7 +83,6 @@ class DiffusionQL(Agent):
         self.pi = BestOfN(slow, self.value, c.num_candidates, weigh=lambda q: (q / c.temperature).softmax(-1))
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="mish")
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_pi = adam(policy.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
 
@@ -103,12 +99,6 @@ class DiffusionQL(Agent):
     def value(self, obs: Tensor, action: Tensor) -> Tensor:
         """min_j Q_lagged_j, [..., N], of `action` [..., N, A]: what candidates are chosen by."""
         return self.q_lagged(obs, action).amin(0)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """One of `num_candidates` draws by exp(Q / temperature), or the best of fixed noise."""
@@ -144,11 +134,6 @@ class DiffusionQL(Agent):
         coin = torch.rand((), generator=rng, device=q.device) < 0.5 if coin is None else coin
         scaled = -q.mean(-1) / q.detach().abs().mean(-1).clamp(min=1e-8).flip(0)
         return torch.where(coin, scaled[0], scaled[1])
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        obs, next_obs = self.obs_norm(b.obs), self.obs_norm(b.next_obs)
-        return b._replace(obs=obs, next_obs=next_obs, reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """Critics, policy by the new critics, slow policy, lagged critics."""

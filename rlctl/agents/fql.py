@@ -14,14 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.nets import FlowPolicy, OneStepPolicy, QEnsemble
 from rlctl.nets.field import xavier_
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, polyak
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,9 @@ class FQLConfig(OfflineRLConfig):
     """Online: part of each batch that comes from the dataset; null draws from dataset and replay as from one table."""
 
 
-class FQL(Agent):
+class FQL(OfflineLearner):
     """Twin critics, a flow that clones, a one-step policy that acts."""
 
-    regime = "offline"
     Config = FQLConfig
     cfg: FQLConfig
 
@@ -63,16 +60,9 @@ class FQL(Agent):
         self.q = QEnsemble(spec.obs_dim, spec.act_dim, c.hidden, num=2, activation="gelu", layer_norm="after")
         xavier_(self.q)  # as flow and policy are by themselves
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_flow = adam(self.flow.parameters(), c.lr)
         self.opt_pi = adam(self.pi.parameters(), c.lr)
         self.opt_q = adam(self.q.parameters(), c.lr)
-
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """mu(s, z) with z drawn, or zero."""
@@ -109,9 +99,7 @@ class FQL(Agent):
 
     def seen(self, b: Batch) -> Batch:
         """What the losses see: observations z-scored, rewards transformed, actions clipped to +-(1 - 1e-5)."""
-        obs, next_obs = self.obs_norm(b.obs), self.obs_norm(b.next_obs)
-        action = b.action.clamp(-1 + 1e-5, 1 - 1e-5)
-        return b._replace(obs=obs, next_obs=next_obs, action=action, reward=self.reward(b.reward))
+        return super().seen(b._replace(action=b.action.clamp(-1 + 1e-5, 1 - 1e-5)))
 
     def update(self, b: Batch) -> Metrics:
         """All three networks by losses at the parameters from before the update, then the lagged critics."""

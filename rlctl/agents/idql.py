@@ -17,16 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation, Norm
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
 from rlctl.ops.offline import expectile_loss
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, Positive, Spec, Widths
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,9 @@ class IDQLConfig(ChosenByValueConfig):
     """How the noise grows over the levels: vp, cosine or linear."""
 
 
-class IDQL(Agent):
+class IDQL(OfflineLearner):
     """Expectile value network, twin critics, a cloned generative policy."""
 
-    regime = "offline"
     Config: ClassVar[type[ChosenByValueConfig]] = IDQLConfig
     cfg: ChosenByValueConfig
 
@@ -91,7 +88,6 @@ class IDQL(Agent):
         self.pi = BestOfN(slow, self.adv, c.num_candidates, weigh)
         self.q, self.v = self.make_values()
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_pi = adam(policy.parameters(), c.actor_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         self.opt_v = adam(self.v.parameters(), c.v_lr)
@@ -130,12 +126,6 @@ class IDQL(Agent):
         tau = self.cfg.expectile
         return torch.where(adv > 0, tau, 1 - tau)
 
-    def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
-        self.reward.fit(data)
-        if self.cfg.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
-
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The best of `num_candidates` draws (with `implicit_policy` one by its weights), or of fixed noise."""
         seen = self.obs_norm(obs)
@@ -156,11 +146,6 @@ class IDQL(Agent):
     def actor_loss(self, b: Batch, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """The matching loss of the data's actions: no value has a part in it."""
         return self.slow.matching_loss(b.obs, b.action, noise, time, self.rng["sample"]).mean()
-
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        obs, next_obs = self.obs_norm(b.obs), self.obs_norm(b.next_obs)
-        return b._replace(obs=obs, next_obs=next_obs, reward=self.reward(b.reward))
 
     def update(self, b: Batch) -> Metrics:
         """V, critics by the new V, policy, slow policy, lagged critics."""

@@ -26,9 +26,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.agents.offline_learner import OfflineLearner
 from rlctl.data.columns import column
 from rlctl.data.dataset import Dataset
-from rlctl.data.reward import RewardTransform
 from rlctl.nets import (
     EMA,
     DiffusionPolicy,
@@ -39,14 +39,13 @@ from rlctl.nets import (
     field_net,
     require,
 )
-from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule, Variance
 from rlctl.ops.ensemble import check, subset_min
 from rlctl.ops.offline import conservative_gap
 from rlctl.ops.selection import best_of, climbed, drawn, top
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 BOUND = 1 - 1e-5
 """Actions to imitate lie within +-BOUND: at 1 a squashed Gaussian has no density."""
@@ -128,10 +127,9 @@ class Choices(NamedTuple):
     values: Tensor
 
 
-class PARL(Agent):
+class PARL(OfflineLearner):
     """Any policy that can be sampled and fitted to actions, an ensemble of critics, a search between them."""
 
-    regime = "offline"
     Config = PARLConfig
     cfg: PARLConfig
     bank: Tensor
@@ -150,7 +148,6 @@ class PARL(Agent):
         # the scale of the official last layer, of which each row is a vector of length 0.01
         self.q = QEnsemble(*dims, c.hidden, num=c.num_critics, layer_norm=c.layer_norm, last_variance=1e-4)
         self.q_lagged = frozen_copy(self.q)
-        self.obs_norm, self.reward = FixedNorm(spec.obs_dim), RewardTransform(c.reward)
         self.opt_base = adam(base.parameters(), c.base_lr)
         self.opt_q = adam(self.q.parameters(), c.critic_lr)
         if base.noise_shape is None:
@@ -182,9 +179,7 @@ class PARL(Agent):
     def prepare(self, data: Dataset) -> None:
         """Take the dataset's observation statistics, what the reward transform needs, and the returns-to-go."""
         c = self.cfg
-        self.reward.fit(data)
-        if c.normalize_obs:
-            self.obs_norm.fit(data.whole().obs)
+        super().prepare(data)
         if c.cql_weight and c.calibrate:
             data.require("mc_return", gamma=c.gamma, reward=self.reward)
 
@@ -267,10 +262,6 @@ class PARL(Agent):
         return conservative_gap(torch.cat([values, q.unsqueeze(-1)], -1), q, self.log_copies).mean(-1).sum()
 
     # -------------------------------------------------------------------------------------------------------- update
-    def seen(self, b: Batch) -> Batch:
-        """What the losses see of a batch: observations z-scored, rewards transformed."""
-        return b._replace(obs=self.obs_norm(b.obs), next_obs=self.obs_norm(b.next_obs), reward=self.reward(b.reward))
-
     def base_step(self, obs: Tensor, action: Tensor, lr: float) -> Tensor:
         """One step of imitation of `action` [B, A], then the policy's average moves; the loss."""
         self.opt_base.param_groups[0]["lr"] = lr

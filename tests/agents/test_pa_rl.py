@@ -212,7 +212,7 @@ def test_distilled_policies_of_every_kind_go_to_the_paid_mode(base: str) -> None
         schedule="vp",
         variance="posterior",
         clip_at="x0",
-        bc_share=300 / 1_000_000,
+        bc_share=400 / 1_000_000,
         distill_offline=True,
         base_lr=2e-3,
         distill_lr=2e-3,
@@ -232,7 +232,7 @@ def test_distilled_policies_of_every_kind_go_to_the_paid_mode(base: str) -> None
     agent = agents.make("pa-rl", Spec(1, 2), cfg)
     assert isinstance(agent, PARL)
     g = torch.Generator().manual_seed(0)
-    for _ in range(800):
+    for _ in range(1100):
         agent.update(bandit(g, 128))
     obs = torch.zeros(1000, 1)
 
