@@ -44,7 +44,15 @@ __all__ = [
     "tiny",
     "transitions",
     "value_of",
+    "xavier_uniform",
 ]
+
+
+def xavier_uniform(module: nn.Module) -> bool:
+    """Whether all linear layers of `module` look Xavier-uniform: they fill the range, and biases are zero."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    filled = [float(m.weight.detach().abs().max()) / (6 / sum(m.weight.shape)) ** 0.5 for m in layers]
+    return all(0.8 < x <= 1 for x in filled) and not any(bool(m.bias.any()) for m in layers)
 
 
 class Table(nn.Module):

@@ -22,7 +22,8 @@ SMALL: dict[str, Any] = {"num_envs": 4, "horizon": 16, "critic_hidden": (16,), "
 
 def cloned(**overrides: Any) -> DiffusionBC:
     """A diffusion-bc agent of 5 levels that has learned a little of some data."""
-    cfg = DiffusionBCConfig(**({"hidden": (16,), "diffusion_steps": 5} | overrides))
+    settings: dict[str, Any] = {"hidden": (16,), "diffusion_steps": 5}
+    cfg = DiffusionBCConfig(**(settings | overrides))
     agent = agents.make(DiffusionBC, Spec(OBS_DIM, ACT_DIM), cfg)
     assert isinstance(agent, DiffusionBC)
     rows = transitions(torch.Generator().manual_seed(5), 300)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import ACT_DIM, OBS_DIM, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import ACT_DIM, OBS_DIM, batch_for, differing, snapshot, tiny, transitions, xavier_uniform
 from torch import Tensor, nn
 
 from rlctl.agents.expo import EXPO, EXPOConfig
@@ -177,6 +177,10 @@ def test_pretraining_moves_the_base_alone() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- edits, temperature
+def test_the_edit_policy_starts_xavier_uniform() -> None:
+    assert xavier_uniform(expo(hidden=(64, 64)).edit)
+
+
 def at_zero(n: int = 64, **changes: Any) -> Batch:
     b = transitions(torch.Generator().manual_seed(0), n)
     return b._replace(obs=torch.zeros_like(b.obs), **changes)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions, xavier_uniform
 from torch import Tensor, nn
 
-from rlctl.agents.fql import FQL
+from rlctl import agents
+from rlctl.agents.fql import FQL, FQLConfig
 from rlctl.ops import minimize
-from rlctl.types import Batch
+from rlctl.types import Batch, Spec
 
 
 def fql(**overrides: Any) -> FQL:
@@ -53,6 +54,18 @@ def test_critic_loss_by_hand(double: None, agg: str, v: list[float]) -> None:
     obs, action = agent.q_lagged.seen[0]
     assert torch.equal(obs, b.next_obs)
     assert torch.equal(action, agent.pi.decode(b.next_obs, noise))  # the one-step policy's, not the flow's
+
+
+def test_how_the_networks_begin() -> None:
+    """All Xavier-uniform; the critics' layer norms follow their activations, no other network has any."""
+    agent = agents.make("fql", Spec(3, 2), FQLConfig(hidden=(64, 64)))
+    assert isinstance(agent, FQL)
+    for net in (agent.flow, agent.pi, agent.q):
+        assert xavier_uniform(net)
+    hidden = [nn.Linear, nn.GELU, nn.LayerNorm]
+    for member in agent.q.members:
+        assert [isinstance(m, k) for m, k in zip(member, [*hidden, *hidden, nn.Linear], strict=True)] == [True] * 7
+    assert not any(isinstance(m, nn.LayerNorm) for net in (agent.flow, agent.pi) for m in net.modules())
 
 
 def with_map(agent: FQL, mu: Tensor, g: Tensor) -> None:

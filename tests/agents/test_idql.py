@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions, xavier_uniform
+from torch import nn
 
+from rlctl import agents
 from rlctl.agents.idql import IDQL
+from rlctl.agents.ifql import IFQLConfig
 from rlctl.nets import DiffusionPolicy, FieldResNet, FlowPolicy
 from rlctl.ops import minimize, polyak
-from rlctl.types import Batch
+from rlctl.types import Batch, Spec
 
 both = pytest.mark.parametrize("name", ["idql", "ifql"])
 
@@ -97,6 +100,18 @@ def test_the_implicit_policy_by_number(double: None) -> None:
     chosen = agent.act(obs, explore=True)[0]
     share = float((chosen == candidates[:, 1]).all(-1).double().mean())
     assert share == pytest.approx(0.8 / 1.4, abs=0.03)
+
+
+def test_how_the_networks_of_ifql_begin() -> None:
+    """All Xavier-uniform; the layer norms of critics and V follow their activations."""
+    agent = agents.make("ifql", Spec(3, 2), IFQLConfig(hidden=(64, 64), critic_hidden=(64,)))
+    assert isinstance(agent, IDQL)
+    for net in (agent.slow.policy, agent.q, agent.v):
+        assert xavier_uniform(net)
+    for member in (*agent.q.members, agent.v.net):
+        kinds = [nn.Linear, nn.GELU, nn.LayerNorm, nn.Linear]
+        assert [isinstance(m, k) for m, k in zip(member, kinds, strict=True)] == [True] * 4
+    assert not any(isinstance(m, nn.LayerNorm) for m in idql("idql").q.modules())
 
 
 @both

@@ -233,7 +233,7 @@ def test_distilled_policies_of_every_kind_go_to_the_paid_mode(base: str) -> None
     assert isinstance(agent, PARL)
     g = torch.Generator().manual_seed(0)
     for _ in range(1100):
-        agent.update(bandit(g, 128))
+        agent.update(bandit(g, 64))
     obs = torch.zeros(1000, 1)
 
     def share(action: Tensor) -> float:
