@@ -66,7 +66,7 @@ class GoRLSACConfig(OffPolicyConfig, DecoderSettings):
 
 
 STAGE, REFIT = "gorl-sac", "gorl-sac decoder"
-"""Of the loops in the environment, and of those that fit decoders."""
+"""Of the loops in the environment, and of those that fit decoders, which bring nothing that needs a checkpoint."""
 
 
 def train_gorl_sac(job: Job) -> None:

@@ -196,6 +196,7 @@ def bandit(g: torch.Generator, n: int) -> Batch:
     return Batch(torch.zeros(n, 1), action, (mode == 0).float(), torch.zeros(n, 1), ~no, no)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @every_base
 def test_distilled_policies_of_every_kind_go_to_the_paid_mode(base: str) -> None:
