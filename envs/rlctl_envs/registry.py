@@ -70,7 +70,7 @@ def make(
         common |= {"env_id": simulated[0], "physics": physics, "episode_len": task_kwargs.pop("episode_len", None)}
         return _make_simulated(simulated[1], num_envs, name, backend, threads, task_kwargs, common)
     if backend == "warp":
-        raise ValueError(f"{name} cannot be simulated on a GPU: only Gymnasium's MuJoCo tasks can.")
+        raise ValueError(f"{name} cannot be simulated on a GPU: only the MuJoCo tasks and dmc: tasks can.")
     if name.lower().startswith(PROBE_PREFIX):
         from rlctl_envs.probes import make_probe
 

@@ -14,12 +14,10 @@ from rlctl_envs.contract import EnvState, NonFiniteAction, StepResult, VecEnv, c
 from rlctl_envs.engines.base import Physics, load_model
 from rlctl_envs.engines.warp import WarpEngine, overflow_advice
 from rlctl_envs.engines.warp_graph import Capture, Part, Program
+from rlctl_envs.engines.warp_starts import RUNAWAY, PreparedStarts
 from rlctl_envs.tasks import Task, TorchDraws, TorchOps
 
 _log = logging.getLogger(__name__)
-
-RUNAWAY = 1e10
-"""A coordinate or velocity beyond this is a simulation that ran away; MuJoCo's own bound."""
 
 
 class WarpVecEnv(VecEnv):
@@ -28,6 +26,8 @@ class WarpVecEnv(VecEnv):
     A step is a fixed program over fixed memory (`rlctl_envs.engines.warp_graph`), captured at the first reset. Every
     world restarts by itself when its episode ends, from the task's own start distribution; a world whose state, reward
     or observation is no longer finite ends with `terminated`, reward 0 and the last valid observation, and is counted.
+    Starts that take more than a draw and kinematics are made ahead, between two steps of every `episode_len` (see
+    `rlctl_envs.engines.warp_starts`); a task that has such starts and ends early is refused.
 
     Nothing is read back while stepping. So an action that is not finite cannot raise at once: the world that got it
     ends like one that ran away, and `report` raises. `num_diverged` and `report` wait for the device.
@@ -67,10 +67,12 @@ class WarpVecEnv(VecEnv):
         njmax: int | None = None,
         capture: Capture = "auto",
     ) -> None:
-        if task.fresh or task.settle_steps or task.clear_start or task.goal_dim:
+        prepared = bool(task.fresh or task.settle_steps or task.clear_start)
+        if prepared and task.terminates:
             raise ValueError(
-                f"{type(task).__name__} cannot be simulated by the warp engine yet: it has no refreshed fields, no "
-                "settling, no goals and no starts free of contact."
+                f"{type(task).__name__} cannot be simulated by the warp engine: its starts have to be simulated "
+                "(fresh, settle_steps or clear_start), which is done once per time limit, but its episodes can end "
+                "before. Use backend='cpu'."
             )
         model = load_model(task, physics)
         task.bind(model)
@@ -79,9 +81,10 @@ class WarpVecEnv(VecEnv):
         self._describe(name, num_envs, task.observation_size(), int(model.nu), limit, _indexed(device), dtype)
         n, dev = self.num_envs, self.device
         self.task, self.physics = task, physics
-        self.engine = WarpEngine(task, model, n, dev, nconmax, njmax)
-        for constant in task.constants:
-            setattr(task, constant, torch.as_tensor(getattr(task, constant), dtype=torch.float32, device=dev))
+        self.engine = WarpEngine(task, model, n, dev, prepared, nconmax, njmax)
+        for name in task.constants:
+            constant = torch.as_tensor(getattr(task, name), device=dev)
+            setattr(task, name, constant.float() if constant.is_floating_point() else constant)
         self._xp = TorchOps(dev)
         self.generator = torch.Generator(dev)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
@@ -100,6 +103,9 @@ class WarpVecEnv(VecEnv):
         self._truncated = torch.zeros(n, dtype=torch.bool, device=dev)
         self._before = torch.zeros(n, device=dev)
         self._after = torch.zeros(n, device=dev)
+        if task.goal_dim:
+            self.engine.sim.goal = torch.zeros(n, task.goal_dim, device=dev)
+        self._next_goal = torch.zeros(n, task.goal_dim, device=dev)
         self._clock = torch.zeros(n, dtype=torch.int64, device=dev)
         self._counts = torch.zeros(2, dtype=torch.int64, device=dev)
         """Worlds ended because they ran away, and rows of actions that were not finite, since construction."""
@@ -119,6 +125,9 @@ class WarpVecEnv(VecEnv):
             ],
             [self.generator],
         )
+        self._starts: PreparedStarts | None = None
+        if prepared:
+            self._starts = PreparedStarts(self.engine, task, self._sample_starts, self.episode_len)
         self._started = False
 
     # ------------------------------------------------------------------------------------- the program of one step
@@ -153,13 +162,21 @@ class WarpVecEnv(VecEnv):
         self._draw_starts()
 
     def _draw_starts(self) -> None:
-        """New starts for all worlds; only those of the mask will use theirs."""
-        start = self.task.sample_start(self._xp, self._draws, self.num_envs, self._qpos0, self._qvel0)
-        torch.cat(start, 1, out=self.engine.start)
+        """New starts and goals for all worlds; only those of the mask will use theirs."""
+        if self._starts is None:
+            self.engine.start.copy_(self._sample_starts())
+        if self.task.goal_dim:
+            self._next_goal.copy_(self.task.sample_goal(self._xp, self._draws, self.num_envs))
+
+    def _sample_starts(self) -> Tensor:
+        """Draws from the task's distribution [N, nq + nv]."""
+        return torch.cat(self.task.sample_start(self._xp, self._draws, self.num_envs, self._qpos0, self._qvel0), 1)
 
     def _begin(self) -> None:
         """First observations of the worlds that have restarted."""
         sim, mask = self.engine.sim, self.engine.mask
+        if self.task.goal_dim:
+            sim.goal.copy_(torch.where(mask[:, None], self._next_goal, sim.goal))
         obs = torch.empty_like(self._obs)
         self.task.write_obs(self._xp, sim, obs)
         self._obs.copy_(torch.where(mask[:, None], obs, self._next_obs))
@@ -182,13 +199,23 @@ class WarpVecEnv(VecEnv):
         self._build()
         if seed is not None:
             self.generator.manual_seed(seed)
+        self._make_starts()
         self.engine.mask.fill_(True)
         self._draw_starts()
         with self.engine.scope():
             self.engine.restart()
         self._begin()
+        self._make_starts()  # for the first restarts
         self._started = True
         return self._obs.clone(), {}
+
+    def _make_starts(self) -> None:
+        """A start for every world, where starts are prepared."""
+        if self._starts is not None:
+            try:
+                self._starts.make_all()
+            except RuntimeError as e:
+                raise RuntimeError(f"{self.id}: {e}") from e
 
     def _build(self) -> None:
         """Compile and capture, once; leaves the random stream and the counts as they were."""
@@ -196,6 +223,8 @@ class WarpVecEnv(VecEnv):
             return
         kept = self.generator.get_state()
         self.program.build(self._capture)
+        if self._starts is not None:
+            self._starts.build(self._capture)
         self.generator.set_state(kept)
         self._counts.zero_()
         self._overflow.zero_()
@@ -219,6 +248,8 @@ class WarpVecEnv(VecEnv):
         obs, next_obs, reward = self._obs.clone(), self._next_obs.clone(), self._reward.clone()
         terminated, truncated = self._terminated.clone(), self._truncated.clone()
         done = self.engine.mask.clone()
+        if self._starts is not None:
+            self._starts.tick()
         return obs, reward, terminated, truncated, {"next_obs": next_obs, "final_obs": next_obs, "_final_obs": done}
 
     @property
@@ -259,24 +290,36 @@ class WarpVecEnv(VecEnv):
         """Simulator, random stream, episode clocks, current observation, as arrays; see `VecEnv.state`."""
         self._require_started()
         state: EnvState = {f"engine.{name}": x for name, x in self.engine.state().items()}
-        tensors = {"clock": self._clock, "counts": self._counts, "obs": self._obs, "progress": self._before}
-        tensors |= {"overflow": self._overflow, "rng": self.generator.get_state()}
-        return state | {name: x.cpu().numpy().copy() for name, x in tensors.items()}
+        tensors = self._held() | {"rng": self.generator.get_state()}
+        state |= {name: x.cpu().numpy().copy() for name, x in tensors.items()}
+        return state | ({"starts.age": np.array(self._starts.age)} if self._starts is not None else {})
+
+    def _held(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the engine and the random stream."""
+        held = {"clock": self._clock, "counts": self._counts, "obs": self._obs, "progress": self._before}
+        held |= {"overflow": self._overflow}
+        if self.task.goal_dim:
+            held["goal"] = self.engine.sim.goal
+        if self._starts is not None:
+            held |= {f"starts.{name}": x for name, x in self._starts.state().items()}
+        return held
 
     @torch.no_grad()
     def set_state(self, state: EnvState) -> None:
         """Continue from a `state` of the same task, settings, N and kind of device."""
         self._check_open()
         self._build()
-        engine = self.engine.state()
-        own = {"clock": self._clock, "counts": self._counts, "obs": self._obs, "progress": self._before}
-        own |= {"overflow": self._overflow}
+        engine, own = self.engine.state(), self._held()
         expected = {f"engine.{name}": x.shape for name, x in engine.items()}
         expected |= {name: tuple(x.shape) for name, x in own.items()}
+        expected |= {"starts.age": ()} if self._starts is not None else {}
         check_state(self, state, expected | {"rng": tuple(self.generator.get_state().shape)})
         self.engine.set_state({name: state[f"engine.{name}"] for name in engine})
         for name, x in own.items():
             x.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+        if self._starts is not None:
+            self._starts.put_back()
+            self._starts.age = int(state["starts.age"])
         self.generator.set_state(torch.from_numpy(np.ascontiguousarray(state["rng"])))
         self._started = True
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dmc_helpers import needs_models
 from scipy import stats
 
 import rlctl_envs
 from rlctl_envs.engines import EngineUnavailable, available_cores, choice, choose, load_model
-from rlctl_envs.tasks import NUMPY, TASKS, TorchDraws, TorchOps
+from rlctl_envs.tasks import DMC_TASKS, NUMPY, TASKS, TorchDraws, TorchOps
 
 
 @pytest.fixture
@@ -40,6 +41,13 @@ def test_auto_goes_by_measurement_where_there_is_one(gpu: pytest.MonkeyPatch) ->
     assert [choose("Hopper", n, "cuda").backend for n in (511, 512, 4096)] == ["cpu", "warp", "warp"]
     assert "from 512 worlds on, measured on Some GPU against 16 cores of Some CPU" in choose("Hopper", 512, "cuda").why
     assert choose("Ant", 10**6, "cuda").backend == "cpu"
+
+
+def test_tasks_of_the_suite_go_there_too(gpu: pytest.MonkeyPatch) -> None:
+    assert [choose("dmc:walker-walk", n, "cuda").backend for n in (2047, 2048)] == ["cpu", "warp"]
+    assert choose("dmc:walker-walk", 1, "cpu", "warp").backend == "warp"
+    with pytest.raises(ValueError, match="Pendulum-v1 cannot be simulated on a GPU: only the MuJoCo tasks and dmc:"):
+        rlctl_envs.make("Pendulum-v1", 2, backend="warp")
 
 
 def test_the_shipped_table_can_be_read() -> None:
@@ -93,17 +101,21 @@ assert not [m for m in sys.modules if m.split(".")[0] in ("warp", "mujoco_warp")
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"], check=True)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, *(pytest.param(name, marks=needs_models) for name in DMC_TASKS)])
 def test_starts_drawn_by_torch_have_the_same_distribution(name: str) -> None:
     """Kolmogorov-Smirnov over 2000 starts, each coordinate; the torch draws are those of a GPU engine."""
-    task, n = TASKS[name](), 2000
+    task, n = (TASKS | DMC_TASKS)[name](), 2000
     model = load_model(task)
     task.bind(model)
     zeros = np.zeros(model.nv)
-    ours = task.sample_start(NUMPY, np.random.default_rng(0), n, np.array(model.qpos0), zeros)
-    g = torch.Generator().manual_seed(0)
+    rng, draws = np.random.default_rng(0), TorchDraws(torch.Generator().manual_seed(0))
+    ours = task.sample_start(NUMPY, rng, n, np.array(model.qpos0), zeros)
+    goals = [task.sample_goal(NUMPY, rng, n)] if task.goal_dim else []
+    for constant in task.constants:
+        setattr(task, constant, torch.as_tensor(getattr(task, constant), dtype=torch.float32))
     tensors = (torch.tensor(model.qpos0, dtype=torch.float32), torch.zeros(model.nv))
-    theirs = task.sample_start(TorchOps(), TorchDraws(g), n, *tensors)
+    theirs = task.sample_start(TorchOps(), draws, n, *tensors)
+    ours, theirs = (*ours, *goals), (*theirs, *(task.sample_goal(TorchOps(), draws, n) for _ in goals))
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == tuple(b.shape)
         assert b.dtype == torch.float32

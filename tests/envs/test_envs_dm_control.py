@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mujoco
 import numpy as np
 import pytest
 import torch
+from dmc_helpers import FROZEN, check_starts, frozen, needs_models
 
 import rlctl_envs
 from rlctl_envs.engines import load_model
@@ -20,20 +19,9 @@ from rlctl_envs.tasks import DMC_TASKS, NUMPY, TORCH
 from rlctl_envs.tasks.dm_control import tolerance
 from rlctl_envs.vector import MujocoVecEnv
 
-FROZEN = Path(__file__).parents[1] / "fixtures" / "dm_control"
 # Largest difference seen: 5e-13 (the humanoid's joint velocities); pendulum, acrobot and reacher are exact.
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-9}
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
-
-needs_models = pytest.mark.skipif(
-    importlib.util.find_spec("dm_control") is None, reason="needs the extra: pip install 'rlctl[dmc]'"
-)
-
-
-@cache
-def frozen(name: str) -> dict[str, np.ndarray]:
-    with np.load(FROZEN / f"{name}.npz", allow_pickle=False) as file:
-        return dict(file)
 
 
 def make(name: str, num_envs: int, **kwargs: Any) -> MujocoVecEnv:
@@ -137,21 +125,12 @@ def test_the_cheetah_falls_as_the_suites_does() -> None:
 @pytest.mark.parametrize("name", DMC_TASKS)
 def test_start_distribution(name: str) -> None:
     """Every coordinate of start states, targets and first observations against frozen quantiles."""
-    rows = frozen(name)
-    n, theirs = (500 if name == "cheetah-run" else 4000), int(rows["starts"])
+    n = 500 if name == "cheetah-run" else 4000
     env = make(name, n)
     obs, _ = env.reset()
     sim = env.engine.sim
     goal = sim.goal if env.task.goal_dim else np.zeros((n, 0))
-    ours = np.concatenate([sim.qpos, sim.qvel, goal, obs.numpy()], axis=1)
-    levels, quantiles = rows["levels"][:, None], rows["start_quantiles"]
-    # Shares below and up to each quantile: where a value has a probability of its own (no touch), they differ.
-    below = (ours[None] < quantiles[:, None] - 1e-9).mean(1)
-    up_to = (ours[None] <= quantiles[:, None] + 1e-9).mean(1)
-    # Some 8000 quantiles are compared; at 5 standard errors one in 200 runs with another seed would fail.
-    error = 5 * np.sqrt(levels * (1 - levels) * (1 / n + 1 / theirs))
-    assert (below <= levels + error).all(), np.argwhere(below > levels + error)
-    assert (up_to >= levels - error).all(), np.argwhere(up_to < levels - error)
+    check_starts(name, np.concatenate([sim.qpos, sim.qvel, goal, obs.numpy()], axis=1))
     if env.task.clear_start:
         assert (env.engine.contacts(env._all_ids) == 0).all()
     env.close()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from rlctl_envs.tasks import NUMPY, TASKS, SimState
+from rlctl_envs.tasks import DMC_TASKS, NUMPY, TASKS, SimState
 from rlctl_envs.warp_vector import WarpVecEnv
 
 DEFAULT_TASKS = ("Hopper", "Ant", "Reacher")
@@ -18,7 +18,7 @@ DEFAULT_TASKS = ("Hopper", "Ant", "Reacher")
 
 def make(name: str, num_envs: int = 4, **options: Any) -> WarpVecEnv:
     """The task on warp's CPU device, or where `device` says."""
-    return WarpVecEnv(TASKS[name](), num_envs, **{"device": "cpu", "seed": 0} | options)
+    return WarpVecEnv((TASKS | DMC_TASKS)[name](), num_envs, **{"device": "cpu", "seed": 0} | options)
 
 
 def compile_kernels(names: tuple[str, ...] = DEFAULT_TASKS) -> None:

@@ -11,8 +11,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from rlctl_envs.tasks import TASKS
-
 Backend: TypeAlias = Literal["auto", "cpu", "batch", "pool", "warp"]
 """auto: `choose`. cpu: MuJoCo on the CPU, by the faster of batch and pool that works. warp: MuJoCo Warp."""
 
@@ -69,7 +67,7 @@ def require_warp(device: torch.device) -> None:
 
 
 def choose(task: str, num_envs: int, device: torch.device | str, asked: Backend = "auto") -> Choice:
-    """The engine for `num_envs` worlds of `task` (a name such as "Hopper") whose tensors shall live on `device`.
+    """The engine for `num_envs` worlds of a simulated task ("Hopper", "dmc:walker-walk") with tensors on `device`.
 
     What is asked for by name is taken, or EngineUnavailable says what it lacks. "auto" takes the GPU where tensors live
     there, the packages are installed and so many worlds are wanted that it is the faster one by measurement.
@@ -77,11 +75,8 @@ def choose(task: str, num_envs: int, device: torch.device | str, asked: Backend 
     Raises ValueError for an engine that does not exist.
     """
     device = torch.device(device)
-    on_gpu = task in TASKS
     if asked not in get_args(Backend):
         raise ValueError(f"backend is {asked!r}; it is one of {', '.join(get_args(Backend))}.")
-    if asked == "warp" and not on_gpu:
-        raise EngineUnavailable(f"the warp engine has the tasks of Gymnasium only, not {task}: use --env-backend cpu.")
     if asked == "warp":
         require_warp(device)
     if asked != "auto":
@@ -89,8 +84,6 @@ def choose(task: str, num_envs: int, device: torch.device | str, asked: Backend 
         return Choice(asked, f"as asked{slow}")
     if device.type != "cuda":
         return Choice("cpu", "the device is the CPU")
-    if not on_gpu:
-        return Choice("cpu", "the GPU engine has the tasks of Gymnasium only")
     if missing := missing_packages():
         return Choice(
             "cpu", f"{' and '.join(missing)} not installed: pip install 'rlctl[{EXTRA}]' to simulate on a GPU"

@@ -43,17 +43,34 @@ BUFFERS: dict[str, tuple[int, int]] = {
     "Pusher": (16, 32),
     "InvertedPendulum": (8, 16),
     "InvertedDoublePendulum": (8, 16),
+    "HopperStand": (16, 64),
+    "CheetahRun": (16, 48),
+    "WalkerStand": (16, 64),
+    "_Finger": (8, 16),
+    "FishSwim": (8, 16),
+    "BallInCupCatch": (8, 24),
+    "CartpoleSwingup": (8, 16),
+    "PendulumSwingup": (8, 16),
+    "PointMassEasy": (8, 16),
+    "ReacherEasy": (8, 16),
+    "AcrobotSwingup": (8, 16),
+    "HumanoidStand": (32, 96),
 }
-"""Contacts and constraint rows per world. Random actions need at most 10 rows in Hopper, 18 in Walker2d, 17 in
-HalfCheetah, 19 in Ant, 6 in Pusher, 2 in the others: a trained gait touches the ground more often, hence the room."""
+"""Contacts and constraint rows per world, by task or a class it derives from. Random actions need at most 10 rows in
+Hopper, 18 in Walker2d, 17 in HalfCheetah, 19 in Ant, 6 in Pusher, 2 in the others of Gymnasium; 34 in the suite's
+hoppers, 24 in its cheetah, 35 in its walkers, 7 with the finger, 12 with the cup, 48 in its humanoids, 1 in the rest. A
+trained gait touches the ground more often, hence the room."""
 DEFAULT_BUFFERS = (48, 64)
-"""For every other task: both humanoids (at most 38 rows under random actions), and tasks not measured."""
+"""For every other task: Gymnasium's humanoids (at most 38 rows under random actions), and tasks not measured."""
 
 OVERFLOWS = (
     (("NEFC", "NJMAX_NNZ"), "njmax", "constraint rows per world"),
     (("BROADPHASE", "NARROWPHASE", "CCD"), "nconmax", "contacts per world"),
 )
 """Which bits of `overflow` each option cures."""
+STALE_SENSORS = ("ACTUATOR", "TENDON", "JOINTLIMIT", "TENDONLIMIT")
+"""Sensors of positions and velocities that a refresh after the step would leave as they were: they need more than the
+places and velocities of bodies."""
 NO_LOSS = ("ITERATIONS", "LS_ITERATIONS", "TACTILE")
 """Bits that tell of no full buffer: MuJoCo's own solver stops at its iterations too, and says nothing."""
 
@@ -90,6 +107,7 @@ class WarpEngine:
         model: compiled `mujoco.MjModel`; changed by `prepare`.
         num_envs: N.
         device: "cuda", "cuda:1" or "cpu".
+        prepared: whether `restart` takes the derived fields of starts from `first` instead of computing them.
         nconmax: room for contacts, per world on average; None takes `BUFFERS`.
         njmax: room for constraint rows of every world; None takes `BUFFERS`.
         capsule_frames: correct the frames of plane-capsule contacts; off only to show what it is for.
@@ -103,12 +121,14 @@ class WarpEngine:
         model: Any,
         num_envs: int,
         device: torch.device,
+        prepared: bool = False,
         nconmax: int | None = None,
         njmax: int | None = None,
         capsule_frames: bool = True,
     ) -> None:
         prepare(model)
-        contacts, rows = BUFFERS.get(type(task).__name__, DEFAULT_BUFFERS)
+        known = (BUFFERS[cls.__name__] for cls in type(task).__mro__ if cls.__name__ in BUFFERS)
+        contacts, rows = next(known, DEFAULT_BUFFERS)
         self.nconmax = contacts if nconmax is None else nconmax
         self.njmax = rows if njmax is None else njmax
         for name, value in (("nconmax", self.nconmax), ("njmax", self.njmax)):
@@ -117,7 +137,10 @@ class WarpEngine:
         self.num_envs, self.device = num_envs, device
         wp.config.log_level = wp.LOG_WARNING  # not a line for every kernel it loads
         self._device = wp.get_device(str(device))
-        self._derived = bool(task.derived)
+        self._derived, self._fresh = bool(task.derived), task.fresh
+        self._sensors = "sensordata" in task.derived
+        if self._fresh and self._sensors:
+            _refuse_stale_sensors(model)
         self._contact_forces = task.contact_forces
         self._nq, self._size = int(model.nq), int(model.nq + model.nv)
         rest = mujoco.MjData(model)
@@ -131,7 +154,8 @@ class WarpEngine:
             wp.synchronize_device(self._device)  # from here on the caller's torch stream is used
         d = self._data
         state = torch.zeros(num_envs, self._size, device=device)
-        views = {name: wp.to_torch(getattr(d, name)) for name in ("ctrl", "overflow", "qacc_warmstart", *task.derived)}
+        names = ("ctrl", "overflow", "qacc_warmstart", "nacon", "ncollision", *task.derived)
+        views = {name: _as_torch(getattr(d, name)) for name in names}
         self.sim = SimState(
             qpos=state[:, : self._nq],
             qvel=state[:, self._nq :],
@@ -144,47 +168,113 @@ class WarpEngine:
         self.start = torch.zeros(num_envs, self._size, device=device)
         self.overflow: Tensor = views["overflow"]
         """[N] int32, bits of `mjw.OverflowType` raised since the world's last restart."""
-        self._warm: Tensor = views["qacc_warmstart"]
+        self.warm: Tensor = views["qacc_warmstart"]
+        """Where the solver begins, [N, nv]."""
         self._qpos, self._qvel = wp.to_torch(d.qpos), wp.to_torch(d.qvel)
         self._state, self._mask, self._start = (wp.from_torch(x) for x in (state, self.mask, self.start))
         # A reset leaves these as MuJoCo's full forward would at a start: no actuator pulls and no limit is reached.
         self._cleared = [
             wp.from_torch(views[name].view(num_envs, -1))
             for name in ("cfrc_ext", "qfrc_actuator", "qfrc_constraint")
-            if name in views
+            if name in views and not prepared
         ]
+        kept = {name: views[name] for name in ("qacc_warmstart", *task.derived)} if prepared else {}
+        self.first: dict[str, Tensor] = {name: torch.zeros_like(x) for name, x in kept.items()}
+        """What `restart` gives the worlds of `mask` besides `start`: warm start and derived fields, if `prepared`."""
+        self._copied = [(x, self.first[name]) for name, x in kept.items()]
+        self._copies = [tuple(wp.from_torch(x.view(num_envs, -1)) for x in pair) for pair in self._copied]
+        self.touching = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        """What `find_contacts` found, [N]."""
+        self._touching = wp.from_torch(self.touching)
+        self._counts = views["nacon"], views["ncollision"]
+        self._lent = [self._qpos, self._qvel, self.warm, state, self.sim.ctrl, self.mask, self.start, self.overflow]
 
     def step(self, substeps: int) -> None:
         """Advance every simulation by `substeps` physics steps; refreshes `sim.state` and the derived fields.
 
-        The derived fields are those the last physics step left, one substep old, as in the CPU engines.
+        The derived fields are those the last physics step left, one substep old, as in the CPU engines; with
+        `Task.fresh` what depends on positions and velocities alone is computed anew.
         """
-        for _ in range(substeps):
-            mjw.step(self._model, self._data)
+        self.advance(substeps)
         if self._contact_forces:
             mjw.rne_postconstraint(self._model, self._data)
-        self._read_state()
+        if self._fresh:
+            self._kinematics()
+            if self._sensors:  # these two leave the sensors of accelerations and forces as they are
+                mjw.sensor_pos(self._model, self._data)
+                mjw.sensor_vel(self._model, self._data)
+        self.read()
+
+    def advance(self, substeps: int) -> None:
+        """Make physics steps and nothing else: neither `sim.state` nor the derived fields are brought up to date."""
+        for _ in range(substeps):
+            mjw.step(self._model, self._data)
 
     def restart(self) -> None:
         """Put the simulations of `mask` at rest in their rows of `start`, with warm start and forces cleared.
 
-        Derived fields of *all* simulations are brought to their present state where the task reads any; that of the
-        running ones is computed anew by the next `step`.
+        Derived fields come from `first` where starts are prepared. Else those of *all* simulations are brought to their
+        present state where the task reads any; that of the running ones is computed anew by the next `step`.
         """
-        d, n = self._data, self.num_envs
-        mjw.reset_data(self._model, d, reset=self._mask)
-        wp.launch(
-            kernels.write_start, (n, self._size), inputs=[self._mask, self._nq, self._start], outputs=[d.qpos, d.qvel]
-        )
-        if self._derived:
-            mjw.kinematics(self._model, d)
-            mjw.com_pos(self._model, d)
-            mjw.com_vel(self._model, d)
+        self.put_starts()
+        if self._derived and not self._copies:
+            self._kinematics()
         for x in self._cleared:
             wp.launch(kernels.clear_rows, x.shape, inputs=[self._mask], outputs=[x])
-        self._read_state()
+        for x, source in self._copies:
+            wp.launch(kernels.copy_rows, x.shape, inputs=[self._mask, source], outputs=[x])
+        self.read()
 
-    def _read_state(self) -> None:
+    def put_starts(self) -> None:
+        """Clear the simulations of `mask` and write their rows of `start`; computes nothing."""
+        d = self._data
+        mjw.reset_data(self._model, d, reset=self._mask)
+        wp.launch(
+            kernels.write_start,
+            (self.num_envs, self._size),
+            inputs=[self._mask, self._nq, self._start],
+            outputs=[d.qpos, d.qvel],
+        )
+
+    def find_contacts(self) -> None:
+        """Say in `touching` in which simulations something touches where they stand now.
+
+        All are said to touch if the buffer for contacts was too small to tell.
+        """
+        d = self._data
+        mjw.kinematics(self._model, d)
+        mjw.collision(self._model, d)
+        self.touching.fill_(False)
+        wp.launch(kernels.mark_contacts, d.naconmax, inputs=[d.nacon, d.contact.worldid], outputs=[self._touching])
+        for count in self._counts:
+            self.touching.logical_or_(count > d.naconmax)
+
+    def keep_first(self) -> None:
+        """Run MuJoCo's forward where the simulations stand, and keep warm start and derived fields in `first`."""
+        mjw.forward(self._model, self._data)  # does not touch the warm start
+        for x, first in self._copied:
+            first.copy_(x)
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Within, the simulations may be used for anything; afterwards they go on as if nothing had been.
+
+        Only the derived fields stay as they were left, until the next `step`.
+        """
+        kept = [x.clone() for x in self._lent]
+        try:
+            yield
+        finally:
+            for x, mine in zip(self._lent, kept, strict=True):
+                x.copy_(mine)
+
+    def _kinematics(self) -> None:
+        mjw.kinematics(self._model, self._data)
+        mjw.com_pos(self._model, self._data)
+        mjw.com_vel(self._model, self._data)
+
+    def read(self) -> None:
+        """Bring `sim.state` up to date, after `advance`."""
         d = self._data
         wp.launch(
             kernels.read_state, (self.num_envs, self._size), inputs=[self._nq, d.qpos, d.qvel], outputs=[self._state]
@@ -204,19 +294,35 @@ class WarpEngine:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Positions, velocities and warm start, [N, ...] float32: all that the next step depends on."""
-        parts = {"qpos": self._qpos, "qvel": self._qvel, "warm": self._warm}
+        parts = {"qpos": self._qpos, "qvel": self._qvel, "warm": self.warm}
         return {name: x.cpu().numpy().copy() for name, x in parts.items()}
 
     def set_state(self, state: dict[str, NDArray[Any]]) -> None:
         """Take over what `state` returned."""
-        for name, x in (("qpos", self._qpos), ("qvel", self._qvel), ("warm", self._warm)):
+        for name, x in (("qpos", self._qpos), ("qvel", self._qvel), ("warm", self.warm)):
             x.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         with self.scope():
-            self._read_state()
+            self.read()
 
     def load(self, qpos: NDArray[Any], qvel: NDArray[Any], warm: NDArray[Any]) -> None:
         """Put every simulation into a state [N, nq], [N, nv] with its solver's warm start [N, nv]; for comparisons."""
         self.set_state({k: np.asarray(v, np.float32) for k, v in (("qpos", qpos), ("qvel", qvel), ("warm", warm))})
+
+
+def _as_torch(x: Any) -> Tensor:
+    """The memory of a warp array as a tensor; rotation matrices as rows of nine, the way MuJoCo has them."""
+    tensor = wp.to_torch(x)
+    return tensor.flatten(-2) if x.dtype == wp.mat33 else tensor
+
+
+def _refuse_stale_sensors(model: Any) -> None:
+    """Raise ValueError for a model with sensors that `WarpEngine.step` cannot bring up to date."""
+    kinds = {mujoco.mjtSensor(kind).name.removeprefix("mjSENS_") for kind in model.sensor_type}
+    if stale := sorted(kinds & {f"{what}{part}" for what in STALE_SENSORS for part in ("POS", "VEL")}):
+        raise ValueError(
+            f"the warp engine does not refresh sensors of kind {', '.join(stale)} after a step: simulate this task on "
+            "the CPU (backend='cpu')."
+        )
 
 
 def overflow_advice(bits: int, nconmax: int, njmax: int) -> str:

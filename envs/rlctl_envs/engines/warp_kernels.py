@@ -69,3 +69,17 @@ def clear_rows(mask: wp.array(dtype=bool), x: wp.array2d(dtype=float)):
     world, i = wp.tid()
     if mask[world]:
         x[world, i] = 0.0
+
+
+@wp.kernel(enable_backward=False)
+def copy_rows(mask: wp.array(dtype=bool), source: wp.array2d(dtype=float), x: wp.array2d(dtype=float)):
+    world, i = wp.tid()
+    if mask[world]:
+        x[world, i] = source[world, i]
+
+
+@wp.kernel(enable_backward=False)
+def mark_contacts(count: wp.array(dtype=int), world: wp.array(dtype=int), touching: wp.array(dtype=bool)):
+    c = wp.tid()
+    if c < count[0]:
+        touching[world[c]] = True

@@ -101,6 +101,15 @@ def _repeat(xp: ArrayOps, x: Array, n: int) -> Array:
     return xp.arange(n)[:, None] * 0.0 + x
 
 
+def _in_frame(x: Array, frame: Array) -> Array:
+    """Vectors x [N, K, 3] along the axes of a frame, a flattened rotation matrix [N, 9].
+
+    Not by a matrix product, which a GPU may have been told to compute in reduced precision.
+    """
+    first, second, third = (frame[:, None, row : row + 3] for row in (0, 3, 6))
+    return x[:, :, 0:1] * first + x[:, :, 1:2] * second + x[:, :, 2:3] * third
+
+
 @dataclass(kw_only=True)
 class _SuiteTask(Task):
     """What the suite's tasks share. Subclasses say how to read the model in `bind`."""
@@ -517,8 +526,7 @@ class FishSwim(_SuiteTask):
 
     def _mouth_to_target(self, s: SimState) -> Array:
         """In the mouth's frame, [N, 3]."""
-        frame = s.geom_xmat[:, self._mouth].reshape(-1, 3, 3)
-        return ((s.goal - s.geom_xpos[:, self._mouth])[:, None, :] @ frame)[:, 0]
+        return _in_frame((s.goal - s.geom_xpos[:, self._mouth])[:, None], s.geom_xmat[:, self._mouth])[:, 0]
 
     def write_obs(self, xp: ArrayOps, s: SimState, out: Array) -> None:
         """See the class."""
@@ -823,26 +831,27 @@ class HumanoidStand(_RandomJoints):
     summary: ClassVar[str] = "stand up on two legs"
     derived: ClassVar[tuple[str, ...]] = ("xpos", "xmat", "sensordata")
     clear_start: ClassVar[bool] = True
+    constants: ClassVar[tuple[str, ...]] = (*_RandomJoints.constants, "_limbs")
 
     _torso: int = field(init=False, default=0)
     _head: int = field(init=False, default=0)
-    _limbs: list[int] = field(init=False, default_factory=list)
+    _limbs: Array = field(init=False, default=None)
     _velocity: slice = field(init=False, default_factory=_no_columns)
 
     def bind(self, model: Any) -> None:
         """Look bodies and the velocity sensor up."""
         super().bind(model)
         self._torso, self._head = model.body("torso").id, model.body("head").id
-        self._limbs = [model.body(f"{side}_{limb}").id for side in ("left", "right") for limb in ("hand", "foot")]
+        limbs = [f"{side}_{limb}" for side in ("left", "right") for limb in ("hand", "foot")]
+        self._limbs = np.array([model.body(limb).id for limb in limbs])
         self._velocity = _sensor(model, "torso_subtreelinvel")
 
     def write_obs(self, xp: ArrayOps, s: SimState, out: Array) -> None:
         """See the class."""
-        n = len(s.qpos)
-        frame = s.xmat[:, self._torso].reshape(n, 3, 3)
+        limbs = s.xpos[:, self._limbs] - s.xpos[:, self._torso, None]
         out[:, 0:21] = s.qpos[:, 7:]
         out[:, 21] = s.xpos[:, self._head, 2]
-        out[:, 22:34] = ((s.xpos[:, self._limbs] - s.xpos[:, self._torso, None]) @ frame).reshape(n, 12)
+        out[:, 22:34] = _in_frame(limbs, s.xmat[:, self._torso]).reshape(-1, 12)
         out[:, 34:37] = s.xmat[:, self._torso, _ZX:]
         out[:, 37:40] = s.sensordata[:, self._velocity]
         out[:, 40:] = s.qvel
