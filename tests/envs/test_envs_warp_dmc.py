@@ -28,14 +28,35 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 every_task = pytest.mark.parametrize(
     "name", [name if name in DEFAULT_TASKS else pytest.param(name, marks=pytest.mark.slow) for name in DMC_TASKS]
 )
+settling_is_slow = pytest.mark.parametrize(
+    "name", [name if name == "finger-turn_easy" else pytest.param(name, marks=pytest.mark.slow) for name in DMC_TASKS]
+)
 
 ERRORS: dict[str, tuple[float, float, float, float]] = {
-    "cheetah-run": (1e-06, 1e-05, 2e-07, 1e-05),
-    "finger-turn_easy": (5e-07, 9e-06, 0e00, 5e-06),
+    "hopper-stand": (5e-7, 9e-5, 6e-8, 6e-5),
+    "hopper-hop": (5e-7, 9e-5, 2e-7, 6e-5),
+    "cheetah-run": (1e-6, 1e-5, 2e-7, 1e-5),
+    "walker-stand": (4e-6, 5e-5, 1e-7, 5e-5),
+    "walker-walk": (4e-6, 5e-5, 3e-7, 5e-5),
+    "walker-run": (4e-6, 5e-5, 2e-7, 5e-5),
+    "finger-spin": (2e-7, 2e-5, 0.0, 3e-5),
+    "finger-turn_easy": (5e-7, 9e-6, 0.0, 5e-6),
+    "finger-turn_hard": (5e-7, 9e-6, 0.0, 5e-6),
+    "fish-swim": (1e-6, 8e-6, 5e-7, 1e-5),
+    "ball_in_cup-catch": (6e-8, 9e-7, 0.0, 8e-7),
+    "cartpole-swingup": (1e-7, 2e-7, 1e-7, 4e-7),
+    "pendulum-swingup": (6e-8, 3e-7, 0.0, 2e-7),
+    "point_mass-easy": (2e-10, 1e-8, 1e-7, 3e-8),
+    "reacher-easy": (1e-7, 2e-6, 0.0, 2e-6),
+    "reacher-hard": (1e-7, 2e-6, 0.0, 2e-6),
+    "acrobot-swingup": (1e-7, 2e-7, 1e-7, 5e-7),
+    "humanoid-stand": (1e-5, 8e-5, 1e-7, 2e-4),
+    "humanoid-walk": (1e-5, 8e-5, 1e-7, 2e-4),
+    "humanoid-run": (1e-5, 8e-5, 4e-7, 2e-4),
 }
 """Measured on warp's CPU device: over single steps from all recorded states the median and maximum of the largest
 observation error and the maximum reward error; along recorded episodes of six steps the largest observation error. The
-tests allow ten times as much."""
+tests allow ten times as much, and never less than 1e-6."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,7 +149,7 @@ def test_starts_are_those_of_a_full_forward(name: str) -> None:
     assert not torch.equal(seen[1], seen[2])
 
 
-@every_task
+@settling_is_slow
 def test_start_distribution(name: str) -> None:
     """Every coordinate of states, targets and first observations: at the reset, and of worlds that started again."""
     n = 500 if name == "cheetah-run" else 4000
@@ -171,7 +192,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@every_task
+@settling_is_slow
 def test_captured_equals_eager(name: str) -> None:
     """Over the ends of episodes, settling and redrawing included."""
     results = []
@@ -226,7 +247,7 @@ def test_worlds_start_again_at_their_own_time(name: str) -> None:
     assert len(starts.unique(dim=0)) == 4 * n
 
 
-@pytest.mark.parametrize("name", DEFAULT_TASKS)
+@pytest.mark.parametrize("name", ["finger-turn_easy", pytest.param("cheetah-run", marks=pytest.mark.slow)])
 def test_resume_is_bit_identical(name: str) -> None:
     env = make(name, episode_len=9)
     env.reset(seed=3)
@@ -278,19 +299,23 @@ def test_starts_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         env.reset()
 
 
-def test_a_buffer_too_small_to_tell_means_contact() -> None:
-    env = make("finger-turn_easy", 8, nconmax=1)
+@pytest.mark.parametrize(("nconmax", "expected"), [(16, [False, *[True] * 7]), (1, [True] * 8)])
+def test_contacts_are_found_and_a_buffer_too_small_to_tell_means_contact(nconmax: int, expected: list[bool]) -> None:
+    """Seven of eight worlds where the finger is stuck in the spinner; none where there is room for too few contacts."""
+    env = make("finger-turn_easy", 8)
     env.reset(seed=1)
+    free = env.engine.start[0].clone()
+    env = make("finger-turn_easy", 8, nconmax=nconmax)
     engine = env.engine
+    engine.start[0] = free  # the others are zero
     with engine.scope():
+        engine.put_starts()
         engine.find_contacts()
-        assert not engine.touching.any()
-        engine._counts[0].fill_(9)  # contacts found, one more than there is room for
-        kept = engine._counts[0].clone()
-        engine.touching.logical_or_(kept > engine._data.naconmax)
-    assert engine.touching.all()
+    assert int(engine._counts[0]) == 14
+    assert engine.touching.tolist() == expected
 
 
+@pytest.mark.slow  # kernels for a buffer of another size
 def test_what_is_lost_while_settling_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     env = make("cheetah-run", njmax=1, episode_len=100)
     env.reset()
@@ -303,25 +328,19 @@ def test_what_is_lost_while_settling_is_reported(caplog: pytest.LogCaptureFixtur
 def test_what_the_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     task = DMC_TASKS["finger-spin"]
     monkeypatch.setattr(task, "terminates", property(lambda _: True))
-    with pytest.raises(ValueError, match="FingerSpin cannot be simulated .* its episodes can end before"):
+    with pytest.raises(ValueError, match=r"FingerSpin cannot be simulated .* its episodes can end before"):
         make("finger-spin")
     monkeypatch.undo()
-    compile_model = task.compile_model
 
     def with_a_limit(self: Any) -> Any:
         spec = mujoco.MjSpec.from_file(str(self.model_path()))
-        spec.add_sensor(
-            name="limit",
-            type=mujoco.mjtSensor.mjSENS_JOINTLIMITPOS,
-            objtype=mujoco.mjtObj.mjOBJ_JOINT,
-            objname="distal",
-        )
+        kind, joint = mujoco.mjtSensor.mjSENS_JOINTLIMITPOS, mujoco.mjtObj.mjOBJ_JOINT
+        spec.add_sensor(name="limit", type=kind, objtype=joint, objname="distal")
         return spec.compile()
 
     monkeypatch.setattr(task, "compile_model", with_a_limit)
     with pytest.raises(ValueError, match="does not refresh sensors of kind JOINTLIMITPOS after a step"):
         make("finger-spin")
-    assert compile_model is not task.compile_model
 
 
 def test_by_name() -> None:
