@@ -127,7 +127,7 @@ class WarpVecEnv(VecEnv):
         )
         self._starts: PreparedStarts | None = None
         if prepared:
-            self._starts = PreparedStarts(self.engine, task, self._sample_starts, self.episode_len)
+            self._starts = PreparedStarts(self.engine, task, self._sample_starts, self.episode_len, [self.generator])
         self._started = False
 
     # ------------------------------------------------------------------------------------- the program of one step

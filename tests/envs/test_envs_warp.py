@@ -51,8 +51,8 @@ maximum reward error. The tests allow ten times as much."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    compile_kernels()
+def _kernels(request: pytest.FixtureRequest) -> None:
+    compile_kernels(request)
 
 
 def errors(name: str, **options: Any) -> tuple[float, float, float, int]:

@@ -60,8 +60,8 @@ tests allow ten times as much, and never less than 1e-6."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    compile_kernels(DEFAULT_TASKS)
+def _kernels(request: pytest.FixtureRequest) -> None:
+    compile_kernels(request, DEFAULT_TASKS)
 
 
 def place(env: WarpVecEnv, qpos: Any, qvel: Any, warmstart: Any, goal: Any) -> None:
@@ -284,14 +284,17 @@ def test_starts_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     env = make("finger-turn_easy", episode_len=4)
     env.reset(seed=1)
     before = env.engine.start.clone()
-    touching = torch.tensor([True, False, True, False])
-    find = env.engine.find_contacts
+    unlucky, starts = torch.tensor([True, False, True, False]), env._starts
+    assert starts is not None
+    end = starts._end
 
     def some() -> None:
-        find()
-        env.engine.touching.copy_(touching)
+        """No draw is good in the unlucky worlds."""
+        starts._missing.logical_and_(~unlucky)
+        end()
+        starts._missing.logical_or_(unlucky)
 
-    monkeypatch.setattr(env.engine, "find_contacts", some)
+    monkeypatch.setattr(starts, "_end", some)
     rollout(env, 4)
     assert (env.engine.start != before).any(1).tolist() == [False, True, False, True]
     monkeypatch.setattr(warp_starts, "MAX_DRAWS", 3)
@@ -299,19 +302,25 @@ def test_starts_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         env.reset()
 
 
+def stuck(rng: np.random.Generator) -> np.ndarray:
+    """A pose of the finger with two contacts, none of them slight."""
+    model = load_model(DMC_TASKS["finger-turn_easy"]())
+    data = mujoco.MjData(model)
+    while data.ncon != 2 or data.contact.dist.max() > -1e-3:
+        data.qpos[:] = rng.uniform(-np.pi, np.pi, 3)
+        mujoco.mj_forward(model, data)
+    return np.concatenate([data.qpos, data.qvel])
+
+
 @pytest.mark.parametrize(("nconmax", "expected"), [(16, [False, *[True] * 7]), (1, [True] * 8)])
 def test_contacts_are_found_and_a_buffer_too_small_to_tell_means_contact(nconmax: int, expected: list[bool]) -> None:
-    """Seven of eight worlds where the finger is stuck in the spinner; none where there is room for too few contacts."""
-    env = make("finger-turn_easy", 8)
-    env.reset(seed=1)
-    free = env.engine.start[0].clone()
-    env = make("finger-turn_easy", 8, nconmax=nconmax)
-    engine = env.engine
-    engine.start[0] = free  # the others are zero
+    engine = make("finger-turn_easy", 8, nconmax=nconmax).engine
+    engine.start.copy_(torch.from_numpy(stuck(np.random.default_rng(0))))
+    engine.start[0] = torch.tensor([1.5, 0.0, 0.0, 0.0, 0.0, 0.0])  # the finger points away from the spinner
     with engine.scope():
         engine.put_starts()
         engine.find_contacts()
-    assert int(engine._counts[0]) == 14
+    assert int(engine._data.nacon.numpy()[0]) == 14
     assert engine.touching.tolist() == expected
 
 

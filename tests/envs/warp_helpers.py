@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import pytest
 
 from rlctl_envs.tasks import DMC_TASKS, NUMPY, TASKS, SimState
 from rlctl_envs.warp_vector import WarpVecEnv
@@ -21,8 +22,13 @@ def make(name: str, num_envs: int = 4, **options: Any) -> WarpVecEnv:
     return WarpVecEnv((TASKS | DMC_TASKS)[name](), num_envs, **{"device": "cpu", "seed": 0} | options)
 
 
-def compile_kernels(names: tuple[str, ...] = DEFAULT_TASKS) -> None:
-    """Fill warp's kernel cache; one test process at a time, the others then find it full."""
+def compile_kernels(request: pytest.FixtureRequest, names: tuple[str, ...] = DEFAULT_TASKS) -> None:
+    """Fill warp's kernel cache for the CPU; one test process at a time, the others then find it full.
+
+    Not where tests on a GPU alone have been chosen: its machine may have no compiler for the CPU.
+    """
+    if all(item.get_closest_marker("gpu") for item in request.session.items):
+        return
     import warp as wp
 
     wp.init()

@@ -154,7 +154,7 @@ class WarpEngine:
             wp.synchronize_device(self._device)  # from here on the caller's torch stream is used
         d = self._data
         state = torch.zeros(num_envs, self._size, device=device)
-        names = ("ctrl", "overflow", "qacc_warmstart", "nacon", "ncollision", *task.derived)
+        names = ("ctrl", "overflow", "qacc_warmstart", *task.derived)
         views = {name: _as_torch(getattr(d, name)) for name in names}
         self.sim = SimState(
             qpos=state[:, : self._nq],
@@ -186,7 +186,6 @@ class WarpEngine:
         self.touching = torch.zeros(num_envs, dtype=torch.bool, device=device)
         """What `find_contacts` found, [N]."""
         self._touching = wp.from_torch(self.touching)
-        self._counts = views["nacon"], views["ncollision"]
         self._lent = [self._qpos, self._qvel, self.warm, state, self.sim.ctrl, self.mask, self.start, self.overflow]
 
     def step(self, substeps: int) -> None:
@@ -244,14 +243,20 @@ class WarpEngine:
         d = self._data
         mjw.kinematics(self._model, d)
         mjw.collision(self._model, d)
-        self.touching.fill_(False)
-        wp.launch(kernels.mark_contacts, d.naconmax, inputs=[d.nacon, d.contact.worldid], outputs=[self._touching])
-        for count in self._counts:
-            self.touching.logical_or_(count > d.naconmax)
+        self._touching.zero_()
+        wp.launch(
+            kernels.mark_contacts,
+            max(d.naconmax, self.num_envs),
+            inputs=[d.naconmax, d.ncollision, d.nacon, d.contact.worldid],
+            outputs=[self._touching],
+        )
+
+    def forward(self) -> None:
+        """Compute all that MuJoCo's forward does where the simulations stand; the warm start stays."""
+        mjw.forward(self._model, self._data)
 
     def keep_first(self) -> None:
-        """Run MuJoCo's forward where the simulations stand, and keep warm start and derived fields in `first`."""
-        mjw.forward(self._model, self._data)  # does not touch the warm start
+        """Keep warm starts and derived fields, as they are, in `first`."""
         for x, first in self._copied:
             first.copy_(x)
 

@@ -79,7 +79,16 @@ def copy_rows(mask: wp.array(dtype=bool), source: wp.array2d(dtype=float), x: wp
 
 
 @wp.kernel(enable_backward=False)
-def mark_contacts(count: wp.array(dtype=int), world: wp.array(dtype=int), touching: wp.array(dtype=bool)):
+def mark_contacts(
+    room: int,
+    pairs: wp.array(dtype=int),
+    count: wp.array(dtype=int),
+    world: wp.array(dtype=int),
+    touching: wp.array(dtype=bool),
+):
     c = wp.tid()
-    if c < count[0]:
+    if pairs[0] > room or count[0] > room:
+        if c < touching.shape[0]:
+            touching[c] = True
+    elif c < count[0]:
         touching[world[c]] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,10 +37,18 @@ class PreparedStarts:
         task: says how starts settle and whether they must be clear.
         draw: gives start states [N, nq + nv] from the environment's random stream.
         period: steps of an episode.
+        generators: of that stream.
     """
 
-    def __init__(self, engine: WarpEngine, task: Task, draw: Callable[[], Tensor], period: int) -> None:
-        self._engine, self._draw, self._period = engine, draw, period
+    def __init__(
+        self,
+        engine: WarpEngine,
+        task: Task,
+        draw: Callable[[], Tensor],
+        period: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self._engine, self._period = engine, period
         self._settle_steps, self._clear = task.settle_steps, task.clear_start
         n, size = engine.start.shape
         self._rows = torch.zeros(n, size, device=engine.device)
@@ -49,13 +57,26 @@ class PreparedStarts:
         self._lost = torch.zeros_like(engine.overflow)
         self.age = 0
         """Steps since starts were made."""
+        put = Part("warp", engine.put_starts)
+        look = Part("warp", engine.find_contacts if self._clear else lambda: None)
+        self._begin = Program(engine, [Part("torch", lambda: self._all_to(draw())), put], generators)
         # one physics step is one graph, replayed: a graph of all of them would take long to build
         self._fall = Program(engine, [Part("warp", lambda: engine.advance(1))], [])
+        self._end = Program(engine, [Part("warp", engine.read), look, Part("torch", self._choose)], [])
+        forward = [Part("torch", lambda: engine.warm.copy_(self._warm)), Part("warp", engine.forward)]
+        self._finish = Program(
+            engine,
+            [Part("torch", lambda: self._all_to(self._rows)), put, *forward, Part("torch", engine.keep_first)],
+            [],
+        )
 
     def build(self, capture: Capture) -> None:
-        """Capture what can be. Makes steps, so the caller puts its state in order afterwards."""
+        """Capture. Runs everything, so the caller puts its state in order afterwards."""
+        self._begin.build(capture)
         if self._settle_steps:
             self._fall.build(capture)
+        self._end.build(capture)
+        self._finish.build(capture)
 
     def make_all(self) -> None:
         """Make a start for every world, however many draws that takes; waits for the device.
@@ -99,10 +120,7 @@ class PreparedStarts:
             self._missing.fill_(True)
             self._lost.zero_()
             yield
-            # what the first observations read
-            self._put(self._rows)
-            engine.warm.copy_(self._warm)
-            engine.keep_first()
+            self._finish()  # what the first observations read
             self._lost.bitwise_or_(engine.overflow)
         engine.start.copy_(self._rows)
         engine.overflow.bitwise_or_(self._lost)  # where the next step will find it
@@ -110,23 +128,23 @@ class PreparedStarts:
 
     def _round(self) -> None:
         """Draw for every world; the missing ones take what is good."""
-        engine = self._engine
-        self._put(self._draw())
+        self._begin()
         for _ in range(self._settle_steps):
             self._fall()
-        self._lost.bitwise_or_(engine.overflow)
-        engine.read()
-        good = (engine.sim.state.abs() < RUNAWAY).all(-1)
-        if self._clear:
-            engine.find_contacts()
-            good &= ~engine.touching
-        good &= self._missing
-        torch.where(good[:, None], engine.sim.state, self._rows, out=self._rows)
-        torch.where(good[:, None], engine.warm, self._warm, out=self._warm)
-        self._missing &= ~good
+        self._lost.bitwise_or_(self._engine.overflow)
+        self._end()
 
-    def _put(self, starts: Tensor) -> None:
-        """Put all worlds into these states."""
+    def _all_to(self, starts: Tensor) -> None:
+        """Have all worlds put into these states."""
         self._engine.mask.fill_(True)
         self._engine.start.copy_(starts)
-        self._engine.put_starts()
+
+    def _choose(self) -> None:
+        """Let the missing worlds take the states they are in, where those are good."""
+        engine = self._engine
+        good = self._missing & (engine.sim.state.abs() < RUNAWAY).all(-1)
+        if self._clear:
+            good &= ~engine.touching
+        self._rows.copy_(torch.where(good[:, None], engine.sim.state, self._rows))
+        self._warm.copy_(torch.where(good[:, None], engine.warm, self._warm))
+        self._missing.logical_and_(~good)
