@@ -63,10 +63,15 @@ class PreparedStarts:
         # one physics step is one graph, replayed: a graph of all of them would take long to build
         self._fall = Program(engine, [Part("warp", lambda: engine.advance(1))], [])
         self._end = Program(engine, [Part("warp", engine.read), look, Part("torch", self._choose)], [])
-        forward = [Part("torch", lambda: engine.warm.copy_(self._warm)), Part("warp", engine.forward)]
         self._finish = Program(
             engine,
-            [Part("torch", lambda: self._all_to(self._rows)), put, *forward, Part("torch", engine.keep_first)],
+            [
+                Part("torch", lambda: self._all_to(self._rows)),
+                put,
+                Part("torch", self._warm_up),
+                Part("warp", engine.forward),
+                Part("torch", engine.keep_first),
+            ],
             [],
         )
 
@@ -138,6 +143,10 @@ class PreparedStarts:
         """Have all worlds put into these states."""
         self._engine.mask.fill_(True)
         self._engine.start.copy_(starts)
+
+    def _warm_up(self) -> None:
+        """Let the solver begin where settling left it."""
+        self._engine.warm.copy_(self._warm)
 
     def _choose(self) -> None:
         """Let the missing worlds take the states they are in, where those are good."""
