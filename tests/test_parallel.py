@@ -28,6 +28,7 @@ ALGOS: dict[str, dict[str, Any]] = {
     "mdpo": {"policy_steps": 3, "v_minibatch_size": 32, "v_epochs": 2},
     "spo": {"minibatch_size": 32},
     "pmoe-ppo": {"minibatch_size": 8},
+    "dppo": {"minibatch_size": 16, "diffusion_steps": 2},
 }
 """Where one minibatch is the whole rollout, sharing it changes no number, but for rounding."""
 
@@ -57,7 +58,11 @@ def updated(name: str, rank: int, size: int) -> dict[str, torch.Tensor]:
     agent = agents.make(name, Spec(3, 2, 4 // size, seed=rank), cfg)
     parallel.broadcast(agent)
     for k in range(3):
-        agent.update(made_up(k).map(lambda x: x.chunk(size, 1)[rank].contiguous()))
+        batch = made_up(k).map(lambda x: x.chunk(size, 1)[rank].contiguous())
+        if name == "dppo":  # it learns from what its own acting has stored
+            chains = [agent.act(obs, explore=True)[1]["chain"] for obs in batch.obs]
+            batch = batch._replace(extra={"chain": torch.stack(chains).detach()})
+        agent.update(batch)
     return {k: v for k, v in agent.state_dict().items() if "carry" not in k}
 
 
@@ -100,9 +105,10 @@ def test_two_processes_learn_what_one_would(name: str, tmp_path: Path) -> None:
     assert float(alone["obs_norm.count"]) == 3 * 8 * 4
 
 
-def test_processes_that_draw_their_own_noise_stay_together(tmp_path: Path) -> None:
-    """Minibatches of their own shuffles, noise of their own in the losses: parameters are the same all the same."""
-    ranks = together(lambda rank: numbers(updated("pmoe-ppo", rank, SIZE)), tmp_path)
+@pytest.mark.parametrize("name", ["pmoe-ppo", "dppo"])
+def test_processes_that_draw_their_own_noise_stay_together(name: str, tmp_path: Path) -> None:
+    """Minibatches of their own shuffles, noise of their own in acts and losses: parameters are the same."""
+    ranks = together(lambda rank: numbers(updated(name, rank, SIZE)), tmp_path)
     assert ranks[0] == ranks[1]
 
 
