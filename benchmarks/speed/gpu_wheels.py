@@ -6,7 +6,7 @@
     PYTHONPATH=/tmp/site python3 benchmarks/speed/gpu.py
 
 `fetch` downloads wheels for Linux on x86-64 and the Python of the target, takes out what a GPU run does not need (the
-CPU compiler of warp, examples, tests, meshes) and packs the rest: 94 MiB, after four minutes of one core. With
+CPU compiler of warp, examples, tests, meshes) and packs the rest: 94 MiB, after three minutes of one core. With
 --part-mib the archive is cut into parts of that size, for a way that carries no more at a time: bring one after the
 other, unpack when all are there. Without its CPU compiler warp simulates on a GPU alone.
 """
