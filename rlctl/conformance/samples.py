@@ -24,15 +24,16 @@ def config(name: str, *layers: Any) -> Any:
     return cls(**{k: v for k, v in merged.items() if k in known})
 
 
-def tiny(name: str, seed: int = 0, **overrides: Any) -> Agent:
+def tiny(name: str, seed: int = 0, *, device: str = "cpu", **overrides: Any) -> Agent:
     """A small agent of the algorithm, for `OBS_DIM` numbers in, `ACT_DIM` out; offline ones have seen a dataset."""
     cfg = config(name, SMALL, traits(name).tiny, overrides)
-    spec = Spec(OBS_DIM, ACT_DIM, getattr(cfg, "num_envs", 1), seed=seed)
+    spec = Spec(OBS_DIM, ACT_DIM, getattr(cfg, "num_envs", 1), torch.device(device), seed=seed)
     agent: Any = agents.make(name, spec, cfg)
     if other := traits(name).wraps:
-        agent.wrap(tiny(other, seed))
+        agent.wrap(tiny(other, seed, device=device))
     if agent.regime == "offline":
-        agent.prepare(as_dataset(transitions(torch.Generator().manual_seed(123), 200)))
+        rows = transitions(torch.Generator().manual_seed(123), 200)
+        agent.prepare(as_dataset(rows.map(lambda x: x.to(device))))
     made: Agent = agent
     return made
 
