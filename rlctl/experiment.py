@@ -509,11 +509,13 @@ class _Sources:
     def eval_options(self) -> dict[str, Any]:
         """Options of the environment to evaluate in.
 
-        It is simulated where training is, if that was asked for; left to itself an evaluation of a few worlds runs on
-        the CPU, in double precision. The buffers of a GPU engine are sized for training and left out.
+        It is simulated by the engine of training, so that a run on a GPU stays there. The buffers of a GPU engine are
+        sized for training and left out.
         """
         options = {k: v for k, v in self.env_options.items() if k not in WARP_OPTIONS}
-        return options | ({"backend": self.insisted} if self.insisted != "auto" else {})
+        on_gpu = self.engine is not None and self.engine.backend == "warp"
+        backend: Backend = "warp" if on_gpu else self.insisted
+        return options | ({"backend": backend} if backend != "auto" else {})
 
 
 def _sources(s: Settings, device: torch.device, engine: Backend | None = None) -> _Sources:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_helpers import Cli
 
 from rlctl.conformance import names
-from rlctl.conformance.probes import write_dataset
 
 BROKEN = """
 from rlctl.agents.sac import SAC
@@ -39,8 +39,12 @@ def test_a_file_of_ones_own_fails_with_the_reason(cli: Cli, tmp_path: Path) -> N
 
 
 def test_json(cli: Cli, tmp_path: Path) -> None:
-    """Episodes that all end after one step look like time limits recorded as ends."""
-    r = cli("check", "dataset", write_dataset(tmp_path / "d.npz"), "--json")
+    """Episodes that all end after the same few steps look like time limits recorded as ends."""
+    rng, path = np.random.default_rng(0), tmp_path / "d.npz"
+    columns = {"observations": rng.normal(size=(40, 3)), "actions": rng.uniform(-1, 1, (40, 2))}
+    ends = np.arange(40) % 2 == 1
+    np.savez(path, **columns, rewards=rng.normal(size=40), terminals=ends, timeouts=np.zeros(40, bool))
+    r = cli("check", "dataset", path, "--json")
     assert r.code == 1
     found = json.loads(r.out)
     assert not found["ok"]

@@ -31,7 +31,7 @@ def test_report_of_real_runs(cli: Cli, ppo_run: Path, sac_run: Path) -> None:
     assert (r.code, r.err) == (0, "")
     assert "2 found, 2 counted, 0 need attention" in r.out
     assert "says:      No claim is made" in r.out
-    assert "warning:   Budgets differ on Hopper-v5 (environment steps): sac 120, ppo 200" in r.out
+    assert "warning:   Budgets differ on Hopper-v5 (environment steps): sac: 120, ppo: 200" in r.out
     page = Path("page.html").read_text()
     final = json.loads((ppo_run / "run.json").read_text())["final"]["return_mean"]
     assert f"{final:,.1f}" in page or f"{final:,.2f}" in page

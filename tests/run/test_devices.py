@@ -11,6 +11,7 @@ import torch
 
 from rlctl import experiment
 from rlctl.errors import UsageError
+from rlctl.types import Spec
 from rlctl_envs.engines import choice
 
 
@@ -89,3 +90,28 @@ def test_a_run_records_and_keeps_its_engine(tmp_path: Path, gpu: pytest.MonkeyPa
     (folder / "run.json").write_text(json.dumps(record))
     experiment.resume(folder, 128, quiet=True)
     assert json.loads((folder / "run.json").read_text())["engine"] == "pool"
+
+
+@pytest.mark.parametrize(
+    ("engine", "insisted", "expected"),
+    [
+        ("warp", "auto", "warp"),
+        ("warp", "warp", "warp"),
+        ("cpu", "auto", None),
+        ("cpu", "cpu", "cpu"),
+        (None, "cpu", "cpu"),
+    ],
+)
+def test_evaluations_are_simulated_where_training_is(engine: Any, insisted: Any, expected: str | None) -> None:
+    found = experiment._Sources(
+        env=None,
+        data=None,
+        env_id="Hopper-v5",
+        env_options={"physics": "native", "nconmax": 50},
+        spec=Spec(11, 3),
+        engine=None if engine is None else choice.Choice(engine, "told so"),
+        insisted=insisted,
+    )
+    options = found.eval_options()
+    assert options.pop("backend", None) == expected
+    assert options == {"physics": "native"}  # buffers are of training's number of worlds
