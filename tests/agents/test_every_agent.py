@@ -32,7 +32,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-COSTLY = {"cal-ql", "famo2o-cql", "famo2o-iql"} | {
+COSTLY = {"cal-ql", "famo2o-cql", "famo2o-iql", "a2pr", "edac", "pmoe-sac"} | {
     "diffusion-ql",
     "expo",
     "fql",
