@@ -45,7 +45,7 @@ def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = t
     return done / spent
 
 
-def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
+def write(name: str, result: dict[str, Any], out: Path | None = None, *, quiet: bool = False) -> Path:
     """Store a result with who, what and when."""
     file = out or RESULTS / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,5 +53,6 @@ def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"benchmark": name, "date": now, "git": git(), "versions": versions(), "machine": mine, **result}
     file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {file}")
+    if not quiet:
+        print(f"written to {file}")
     return file

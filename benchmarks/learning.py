@@ -103,7 +103,7 @@ def record(folders: list[Path]) -> None:
 def merge(name: str, shared: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
     """Add one seed to the result file `name`."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    file = FOLDER / f"{name}.json"
+    file = FOLDER / f"{name.replace(':', '.')}.json"  # sb3:ppo: a colon is no part of a file name everywhere
     seeds = json.loads(file.read_text())["seeds"] if file.exists() else {}
     seeds[str(seed)] = result
     ordered = dict(sorted(seeds.items(), key=lambda kv: int(kv[0])))

@@ -457,6 +457,8 @@ def _obstacle(agent: Agent, name: str, args: Any, kwargs: Any) -> str:
     if agent.host_reads:
         return f"it reads tensors on the host: {agent.host_reads}"
     memo: dict[int, Any] = {id(g): _same_generator(g) for g in agent.rng.values()}
+    # recordings made so far stay the original's: a CUDA graph cannot be copied, and the copy drops them below
+    memo |= {id(x): x for x in vars(agent).values() if isinstance(x, Captured)}
     try:
         twin = copy.deepcopy(agent, memo)
     except Exception as e:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Env = Mapping[str, int]
 """The agent's counters as an update finds them."""
@@ -69,8 +70,10 @@ class Recording:
             if dtype not in self._bank or slot >= BANK:
                 return float(number.settle())
             bank = self._bank[dtype]
-            if bank.device.type == "cpu":
-                bank.numpy()[slot] = number.value  # not an operation of torch: it must not be recorded
+            if bank.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                # runs that are followed but not captured compute with it; beside the modes, or it would be recorded
+                with _disable_current_modes(), torch.no_grad():
+                    bank[slot].fill_(number.value)
             self.live[key] = (number, bank[slot])
         return self.live[key][1]
 

@@ -85,6 +85,9 @@ class Report:
 
     def add(self, part: str, **row: Any) -> None:
         self.result[part].append(row)
+        write(
+            "speed-gpu", self.result, self.out, quiet=True
+        )  # whoever kills this after ten minutes keeps what was measured
         print("  ".join(f"{k}={v:,.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
 
     def save(self) -> None:

@@ -230,6 +230,34 @@ def test_a_capture_that_computes_nothing_is_followed_by_a_replay(name: str) -> N
         assert equal(plain, agent), k
 
 
+class Uncopyable(Tape):
+    """As a CUDA graph is."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot pickle a graph")
+
+
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_actions_captured_before_do_not_keep_the_update_from_it(name: str) -> None:
+    plain, agent = tiny(name), tiny(name)
+    refused: list[str] = []
+    for method in ("act", "update"):
+        wrapped = Captured(
+            agent, method, Uncopyable, refused.append, contextlib.nullcontext, rehearse=method == "update"
+        )
+        setattr(agent, method, wrapped)
+    obs = torch.randn(8, OBS_DIM)
+    for _ in range(WARM_UP + 4):
+        assert torch.equal(plain.act(obs, explore=True)[0], agent.act(obs, explore=True)[0])
+    for k in range(WARM_UP + 4):
+        batch = batch_for(plain, k)
+        plain.update(batch)
+        agent.update(batch)
+    assert refused == []
+    assert agent.act.replays > 0 and agent.update.replays > 0  # type: ignore[attr-defined]
+    assert equal(plain, agent)
+
+
 def test_other_shapes_are_recorded_beside_each_other() -> None:
     plain, captured = tiny("sac"), tiny("sac")
     accelerate(captured, graphs="tape")

@@ -401,5 +401,5 @@ def test_gpu_ten_thousand_steps(name: str) -> None:
     env.reset(seed=1)
     for _ in range(10_000):
         obs, reward, *_ = env.step(torch.rand(1024, env.act_dim, device="cuda") * 2 - 1)
-    assert bool(obs.isfinite().all() & reward.isfinite().all())
-    assert "env/overflowed_worlds" not in env.report()
+    assert bool(obs.isfinite().all() & reward.isfinite().all())  # of the last step, and made so where a world diverged
+    assert env.report() == {}  # none did, and no buffer overflowed, in any of them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,18 @@ class Program:
         return pieces
 
     def _warp_piece(self, run: list[Part]) -> Callable[[], None]:
-        with self._engine.scope(), wp.ScopedCapture(force_module_load=False) as capture:
+        with contextlib.ExitStack() as on:
+            stream = None  # on the CPU there are none
+            if self._engine.device.type == "cuda":
+                # one of its own: the default stream, on which resets run, cannot be captured
+                own = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
+                stream = wp.stream_from_torch(own)
+                on.enter_context(torch.cuda.stream(own))
+                on.enter_context(wp.ScopedStream(stream))
+                self._kept += [own, stream]
+            else:
+                on.enter_context(self._engine.scope())
+            capture = on.enter_context(wp.ScopedCapture(stream=stream, force_module_load=False))
             for part in run:
                 part.run()
         self._kept.append(capture)
