@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import NUM_ENVS, OBS_DIM, batch_for, differing, recorded_inputs, snapshot, tiny, transitions
+from agent_helpers import (
+    NUM_ENVS,
+    OBS_DIM,
+    StopAt,
+    assert_resumes_anywhere,
+    batch_for,
+    differing,
+    recorded_inputs,
+    snapshot,
+    tiny,
+    transitions,
+)
 from torch import Tensor
 
 import rlctl_envs
@@ -23,7 +34,7 @@ from rlctl.errors import Interrupted, UsageError
 from rlctl.nets import Normal
 from rlctl.run import Run, RunConfig
 from rlctl.train import Job, on_policy
-from rlctl.types import Agent, Batch, Metrics, Spec
+from rlctl.types import Batch, Metrics, Spec
 from rlctl_envs.probes import make_probe
 
 both_decoders = pytest.mark.parametrize("decoder", ["flow", "diffusion"])
@@ -365,17 +376,6 @@ def test_four_modes(decoder: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
-class StopAt(Run):
-    """Behaves as if a signal came at a given progress."""
-
-    stop_at = -1
-
-    def tick(self, agent: Agent, metrics: list[Metrics], env_steps: int) -> None:  # type: ignore[override]
-        if self.progress + (env_steps or len(metrics)) >= self.stop_at > 0:
-            self._stop = True
-        super().tick(agent, metrics, env_steps)
-
-
 def small_run(run: Run, **changes: Any) -> GoRL:
     """Three stages of three rollouts each, in the probe `time-limit`, whose state takes long to forget."""
     options = SMALL | {"steps": 16 * 9, "stage_weights": (1.0, 1.0, 1.0), "rollout_steps": 100, "decoder_updates": 12}
@@ -403,23 +403,8 @@ def test_a_run_takes_the_steps_it_planned(decoder: str, monkeypatch: pytest.Monk
 
 def test_resumed_anywhere_equals_never_stopped(tmp_path: Path) -> None:
     """Within each kind of phase, and at every boundary between two."""
-    options = RunConfig(tensorboard=False, checkpoint_every=37)
-    whole = Run(tmp_path / "whole", options)
-    expected = {**small_run(whole).state_dict(), "made": torch.tensor([whole.env_steps, whole.updates])}
-    whole.close()
     ends = [48, 148, 160, 308]  # of encoder, rollouts, refit; of the second rollouts
-    for at in (16, 90, *ends, 154, 176, 352):
-        folder = tmp_path / f"at{at}"
-        run = StopAt(folder, options)
-        run.stop_at = at
-        with pytest.raises(Interrupted):
-            small_run(run)
-        assert run.progress == at
-        run.close()
-        again = StopAt(folder, options, resume=True)
-        got = {**small_run(again).state_dict(), "made": torch.tensor([again.env_steps, again.updates])}
-        again.close()
-        assert [k for k, v in expected.items() if not torch.equal(v, got[k])] == [], f"interrupted at {at}"
+    assert_resumes_anywhere(small_run, tmp_path, (16, 90, *ends, 154, 176, 352))
 
 
 def test_a_run_cannot_be_made_longer(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import StopAt, Table, assert_resumes_anywhere, batch_for, differing, snapshot, tiny, transitions
 from torch import Tensor, nn
 
 from rlctl import agents
@@ -21,7 +21,7 @@ from rlctl.errors import Interrupted, UsageError
 from rlctl.nets import TanhNormal
 from rlctl.run import Run, RunConfig
 from rlctl.train import Job
-from rlctl.types import Agent, Batch, Metrics, Spec
+from rlctl.types import Batch, Metrics, Spec
 from rlctl_envs.probes import make_probe
 
 
@@ -290,17 +290,6 @@ def test_four_modes() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
-class StopAt(Run):
-    """Behaves as if a signal came at a given progress."""
-
-    stop_at = -1
-
-    def tick(self, agent: Agent, metrics: list[Metrics], env_steps: int) -> None:  # type: ignore[override]
-        if self.progress + (env_steps or len(metrics)) >= self.stop_at > 0:
-            self._stop = True
-        super().tick(agent, metrics, env_steps)
-
-
 def small_run(run: Run, **changes: Any) -> GoRLSAC:
     """Three stages of 40 steps in two worlds of the probe `time-limit`, whose state takes long to forget."""
     options: dict[str, Any] = {"num_envs": 2, "batch_size": 8, "hidden": (8,), "learning_starts": 20}
@@ -328,23 +317,8 @@ def test_a_run_takes_the_steps_it_planned(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_resumed_anywhere_equals_never_stopped(tmp_path: Path) -> None:
     """Within each kind of phase, and at every boundary between two; the replay has begun anew by the last."""
-    options = RunConfig(tensorboard=False, checkpoint_every=37)
-    whole = Run(tmp_path / "whole", options)
-    expected = {**small_run(whole).state_dict(), "made": torch.tensor([whole.env_steps, whole.updates])}
-    whole.close()
     ends = [40, 52, 104]  # of the first stage, the first refit, the second
-    for at in (30, *ends, 46, 130):
-        folder = tmp_path / f"at{at}"
-        run = StopAt(folder, options)
-        run.stop_at = at
-        with pytest.raises(Interrupted):
-            small_run(run)
-        assert run.progress == at
-        run.close()
-        again = StopAt(folder, options, resume=True)
-        got = {**small_run(again).state_dict(), "made": torch.tensor([again.env_steps, again.updates])}
-        again.close()
-        assert [k for k, v in expected.items() if not torch.equal(v, got[k])] == [], f"interrupted at {at}"
+    assert_resumes_anywhere(small_run, tmp_path, (30, *ends, 46, 130))
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("mujoco_warp", reason="the extra 'warp' is not installed")
 
-from warp_helpers import DEFAULT_TASKS, compile_kernels, gymnasium_steps, make
+from warp_helpers import DEFAULT_TASKS, compile_kernels, gymnasium_steps, make, rollout, same
 
 import rlctl
 import rlctl_envs
@@ -105,20 +105,6 @@ def test_starts_are_those_of_a_full_forward(name: str) -> None:
         expected = np.zeros((1, env.obs_dim))
         task.write_obs(NUMPY, sim, expected)
         np.testing.assert_allclose(obs[row].numpy(), expected[0], atol=1e-4, rtol=1e-5)
-
-
-def rollout(env: Any, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Everything `steps` random steps return."""
-    g = torch.Generator().manual_seed(seed)
-    seen = []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1)
-        seen += [obs, reward, terminated, truncated, info["next_obs"], info["_final_obs"]]
-    return seen
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @every_task

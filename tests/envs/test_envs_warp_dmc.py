@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("mujoco_warp", reason="the extra 'warp' is not installed")
 
 from dmc_helpers import check_starts, frozen, needs_models
-from warp_helpers import compile_kernels, make
+from warp_helpers import compile_kernels, make, rollout, same
 
 import rlctl_envs
 from rlctl_envs.engines import load_model, warp_starts
@@ -176,20 +176,6 @@ def test_the_cheetah_falls_as_the_suites_does(monkeypatch: pytest.MonkeyPatch) -
     off = np.abs(env.reset()[0].numpy() - fallen)
     assert np.median(off.max(1)) < 1e-3
     assert off.max() < 0.1
-
-
-def rollout(env: Any, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Everything `steps` random steps return."""
-    g = torch.Generator().manual_seed(seed)
-    seen = []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1)
-        seen += [obs, reward, terminated, truncated, info["next_obs"], info["_final_obs"]]
-    return seen
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @settling_is_slow

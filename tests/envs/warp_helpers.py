@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from rlctl_envs.tasks import DMC_TASKS, NUMPY, TASKS, SimState
 from rlctl_envs.warp_vector import WarpVecEnv
@@ -79,3 +80,18 @@ def gymnasium_steps(name: str, count: int) -> Steps:
         if terminated:
             env.reset()
     return Steps(*[np.array(column) for column in zip(*rows, strict=True)])
+
+
+def rollout(env: Any, steps: int, seed: int = 0) -> list[torch.Tensor]:
+    """Everything `steps` random steps return."""
+    g = torch.Generator().manual_seed(seed)
+    seen = []
+    for _ in range(steps):
+        obs, reward, terminated, truncated, info = env.step(torch.rand(env.num_envs, env.act_dim, generator=g) * 2 - 1)
+        seen += [obs, reward, terminated, truncated, info["next_obs"], info["_final_obs"]]
+    return seen
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
