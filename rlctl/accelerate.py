@@ -31,7 +31,9 @@ from torch.utils._pytree import tree_leaves
 
 from rlctl import parallel
 from rlctl.host_numbers import Counters, Expression, HostNumber, Recording, followed, plain
+from rlctl.host_reads import host_read
 from rlctl.types import Agent, Batch
+from rlctl_envs import cuda_graphs
 
 Graphs: TypeAlias = Literal["auto", "require", "never", "tape"]
 """auto: CUDA graphs where the agent is on a CUDA device. require: the same, and an error elsewhere. never: none.
@@ -42,9 +44,6 @@ WARM_UP = 2
 """Plain runs of each turn before it is captured: the first creates optimiser state, kernels and handles."""
 TURNS = 8
 """Turns an update may take. Past that, Python decides something anew at each update, and capturing gains nothing."""
-
-HOST_READS = frozenset({"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"})
-"""Operations that wait for a tensor's value: no graph holds them."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,12 +67,12 @@ class Recorder(Protocol):
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises CannotCapture where an operation reads a tensor on the host."""
+    """Raises CannotCapture where an operation makes the host wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse, or run."""
-        if func.__name__.split(".")[0] in HOST_READS:
-            raise CannotCapture(f"it reads a tensor on the host ({func})")
+        if why := host_read(func, args, kwargs):
+            raise CannotCapture(f"{why} ({func})")
         return func(*args, **(kwargs or {}))
 
 
@@ -124,15 +123,17 @@ class CudaGraph:
     runs_while_recording = False
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator], pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        for generator in generators:  # else each replay would draw the numbers of the capture
-            self._graph.register_generator_state(generator)
+        self._graph = cuda_graphs.new_graph(generators)
+        self._generators = generators
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = pool
 
     def record(self, run: Callable[[], Any]) -> Any:
         """Capture; see `Recorder`."""
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+        with (
+            cuda_graphs.rescued(self._generators),
+            torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream),
+        ):
             return run()
 
     def replay(self) -> None:
@@ -222,7 +223,7 @@ class Captured:
                 return self(*args, **kwargs)
         states = [opt.state for opt in agent.optimizers().values()]
         if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
-            self._turns.clear()  # the first call, or a checkpoint was loaded: optimisers hold other tensors now
+            self.forget()  # the first call, or a checkpoint was loaded: optimisers hold other tensors now
             self._states = states
         values, flat = _split(args, kwargs)
         turns = self._turns.setdefault((values, _shapes(flat), agent.training, torch.is_grad_enabled()), [])
@@ -278,6 +279,9 @@ class Captured:
             for group, key, value in settings:
                 group[key] = value
             self._give_up(f"the capture failed: {type(e).__name__}: {e}")
+            for other in vars(agent).values():  # the generators have new states (`cuda_graphs.rescued`)
+                if isinstance(other, Captured):
+                    other.forget()
             return self(*args, **kwargs)
         turn.host, turn.settings, turn.changed = recorded.host, recorded.settings, recorded.changed
         turn.recorder, turn.inputs, turn.output = recorder, inputs, output
@@ -288,6 +292,10 @@ class Captured:
             self._finish(turn, counters)
         return _copied(output)
 
+    def forget(self) -> None:
+        """Drop the recordings; calls are recorded anew."""
+        self._turns.clear()
+
     def _finish(self, turn: _Turn, counters: Mapping[str, int]) -> None:
         """What the Python of the method would have left behind."""
         for group, key, expression in turn.changed:
@@ -296,7 +304,7 @@ class Captured:
 
     def _give_up(self, why: str) -> None:
         self.refused = why
-        self._turns.clear()
+        self.forget()
         self._refuse(f"{self._name}: {why}")
 
 

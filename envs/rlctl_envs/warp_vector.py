@@ -222,8 +222,10 @@ class WarpVecEnv(VecEnv):
         if self.program.mode != "none":
             return
         kept = self.generator.get_state()
-        self.program.build(self._capture)
         if self._starts is not None:
+            self._starts.build(self._capture)
+        self.program.build(self._capture)
+        if self._starts is not None and self.program.stumbled:  # its generator has a new state object
             self._starts.build(self._capture)
         self.generator.set_state(kept)
         self._counts.zero_()

@@ -7,23 +7,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlctl.host_reads import host_read
 from rlctl.types import Agent
-
-FORBIDDEN = {
-    "_local_scalar_dense",
-    "item",
-    "nonzero",
-    "nonzero_static",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_unique2",
-    "unique_consecutive",
-}
 
 
 class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,12 +18,8 @@ class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse, or pass on."""
-        name = func.__name__.split(".")[0]
-        boolean_index = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
-        if name in FORBIDDEN or boolean_index:
-            raise AssertionError(f"update reads a tensor on the host: {func}")
+        if why := host_read(func, args, kwargs):
+            raise AssertionError(f"update cannot be captured: {why}: {func}")
         return func(*args, **(kwargs or {}))
 
 

@@ -194,6 +194,32 @@ def test_a_capture_that_fails_falls_back_without_losing_an_update() -> None:
     assert said == ["update: the capture failed: RuntimeError: the driver said no"]
 
 
+def test_a_capture_that_fails_leaves_no_recording_of_another_method() -> None:
+    """Its generators have new state objects, of which graphs made before know nothing."""
+
+    class Broken(Tape):
+        runs_while_recording = False
+
+        def record(self, run: Any) -> Any:
+            raise RuntimeError("the driver said no")
+
+    agent = tiny("sac")
+    act = Captured(agent, "act", Tape, lambda _: None, contextlib.nullcontext)
+    update = Captured(agent, "update", Broken, lambda _: None, contextlib.nullcontext)
+    agent.act, agent.update = act, update  # type: ignore[method-assign]
+    obs = torch.zeros(2, OBS_DIM)
+    for _ in range(5):
+        agent.act(obs, explore=True)
+    assert act.replays == 2
+    for k in range(4):
+        agent.update(batch_for(agent, k))
+    assert update.refused
+    for _ in range(4):
+        agent.act(obs, explore=True)
+    assert act.replays == 2 + 1  # warmed up twice and recorded again
+    assert not act.refused
+
+
 class LikeCuda(Tape):
     """A tape that, as a CUDA capture does, computes nothing while it records."""
 
@@ -480,3 +506,27 @@ def test_gpu_graphs_equal_plain_updates(name: str) -> None:
     for key, x in plain.state_dict().items():
         torch.testing.assert_close(captured.state_dict()[key], x, atol=1e-4, rtol=1e-3)
     assert captured.update.replays > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+def test_gpu_generators_survive_a_capture_that_fails() -> None:
+    plain, agent = (tiny("sac", device="cuda:0") for _ in range(2))
+    agent.load_state_dict(plain.state_dict())
+    said: list[str] = []
+    accelerate(agent, say=said.append)
+    loss = agent.critic_loss
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        out = loss(*args, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which no capture may hold
+        return out
+
+    agent.critic_loss = fails
+    for k in range(8):
+        batch = batch_for(tiny("sac"), k).map(lambda x: x.cuda())
+        expected, got = plain.update(batch), agent.update(batch)
+        for key in got:
+            torch.testing.assert_close(got[key], expected[key].float(), atol=1e-4, rtol=1e-3)
+    assert len(said) == 1
+    assert "the capture failed" in said[0]

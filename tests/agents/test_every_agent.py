@@ -86,11 +86,26 @@ def test_raw_rewards_are_transformed_in_the_update(name: str) -> None:
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
         lambda x: 1 if x.sum() > 0 else 0,
+        lambda x: x.unique(),
+        lambda x: torch.arange(3).repeat_interleave(x.long()),
+        lambda x: x.index_put((x > 0,), x),
+        lambda x: torch.linalg.cholesky(x[:, None] * x),
+        lambda x: x.to("meta"),
     ],
 )
 def test_the_guard_sees_host_reads(read: Any) -> None:
-    with pytest.raises(AssertionError, match="on the host"), NoHostReads():
+    with pytest.raises(AssertionError, match=r"on the host|from cpu to meta"), NoHostReads():
         read(torch.ones(3))
+
+
+def test_the_guard_lets_the_rest_pass() -> None:
+    x = torch.ones(3)
+    with NoHostReads():
+        x.index_put((torch.tensor([0, 2]),), x[:2])
+        torch.arange(3).repeat_interleave(torch.ones(3, dtype=torch.long), output_size=3)
+        torch.arange(3).repeat_interleave(2)
+        x.to(torch.float64).copy_(x)
+        torch.where(x > 0, x, 0.0)
 
 
 MAY_READ = {"fixpo", "prdc"}

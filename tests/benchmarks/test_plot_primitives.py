@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,18 +15,7 @@ from rlctl import agents
 from rlctl.errors import UsageError
 from rlctl.types import Agent, Spec
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "plot_primitives.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_primitives", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plot_primitives"] = module
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = "plot_primitives"
 
 
 def agent_for(env: Any, name: str = "pmoe-sac", **settings: Any) -> Agent:

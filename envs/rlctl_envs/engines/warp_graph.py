@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 import warp as wp
 
+from rlctl_envs import cuda_graphs
 from rlctl_envs.engines.warp import WarpEngine
 
 Capture: TypeAlias = Literal["auto", "graph", "split", "eager"]
@@ -44,6 +45,8 @@ class Program:
         self.mode: Literal["none", "graph", "split", "eager"] = "none"
         self.reason = ""
         """Why this mode, in words."""
+        self.stumbled = False
+        """Whether a capture failed on the way. Other programs that have these generators are then to be built again."""
 
     def build(self, wanted: Capture = "auto") -> None:
         """Choose the mode and capture. A mode that is named is insisted on; "auto" falls back and logs why.
@@ -70,6 +73,7 @@ class Program:
                 try:
                     self._capture(attempt)
                 except Exception as e:  # whatever the driver, torch or warp object to: the next mode does without
+                    self.stumbled = True
                     why = f"{attempt} capture failed: {type(e).__name__}: {e}"
                     _log.warning("environment step: %s", why)
                 else:
@@ -127,10 +131,15 @@ class Program:
         device = self._engine.device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         joined = wp.stream_from_torch(stream)
-        graph = self._torch_graph()
+        graph = cuda_graphs.new_graph(self._generators)
+        # Where the solver loops, warp ends the capture and begins it again, which torch's allocator does not see: from
+        # there on it would take memory that others may get while the graph still uses it. This pool is the graph's own.
+        pool = torch.cuda.MemPool()
         with (
             wp.ScopedStream(joined),
+            cuda_graphs.rescued(self._generators),
             torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.use_mem_pool(pool, device),
         ):
             wp.capture_begin(stream=joined, force_module_load=False, external=True)
             try:
@@ -138,7 +147,7 @@ class Program:
                     part.run()
             finally:
                 held = wp.capture_end(stream=joined)
-        self._kept += [stream, joined, graph, held]
+        self._kept += [stream, joined, graph, held, pool]
         return graph.replay
 
     def _several_graphs(self) -> list[Callable[[], None]]:
@@ -182,19 +191,16 @@ class Program:
         return launch
 
     def _torch_piece(self, run: list[Part]) -> Callable[[], None]:
-        graph = self._torch_graph()
+        graph = cuda_graphs.new_graph(self._generators)
         stream = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with (
+            cuda_graphs.rescued(self._generators),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             for part in run:
                 part.run()
         self._kept += [graph, stream]
         return graph.replay
-
-    def _torch_graph(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:  # else a replay would draw the numbers of the capture again
-            graph.register_generator_state(generator)
-        return graph
 
 
 def _no_single_graph(engine: WarpEngine) -> str:
