@@ -3,6 +3,8 @@
     accelerate(agent)                       # replaces agent.update and agent.act on this one object
     accelerate(agent, compile=True)         # torch.compile of its losses as well
 
+On a CPU, where there are no graphs, a method `loss` runs from a recording of its own (`rlctl.traced`).
+
 A first few updates run as they are, and are recorded: which operations run, in which memory, and what the Python around
 them does with the agent's counters (`rlctl.host_numbers`). From then on an update is: fill in the new batch, replay,
 set the counters. Where the Python takes another turn (TD3's delayed policy step), that turn is recorded as well.
@@ -401,6 +403,7 @@ def accelerate(
     *,
     graphs: Graphs = "auto",
     compile: bool = False,
+    trace: bool = True,
     precision: Precision = "float32",
     say: Callable[[str], None] = _log.warning,
 ) -> Report:
@@ -410,6 +413,9 @@ def accelerate(
         agent: on its device, before training; checkpoints may be loaded later.
         graphs: see `Graphs`. Whether an update can be captured is found out at its first call.
         compile: run the agent's losses (methods called `loss` or ending in `_loss`) through torch.compile.
+        trace: on a CPU run the agent's `loss`, where it has one, and its gradients from a recording: the same bits,
+            sooner. Not beside `compile` or bf16; a loss that cannot be recorded runs as before, and a log line of
+            level info says why.
         precision: float32: matrix products in full. tf32: on CUDA with 10 bits of mantissa in their factors. bf16:
             losses and their gradients under autocast to bfloat16; parameters, optimisers, actions and normalisers stay
             float32. The first two set torch's switch for the whole process.
@@ -428,6 +434,8 @@ def accelerate(
     else:
         why = ""
     compiled = _compile_losses(agent) if compile else ()
+    if trace and not compile and precision != "bf16" and device.type == "cpu" and graphs != "tape":
+        _trace_loss(agent)
     if why and graphs == "require":
         raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {why}.")
     if why:
@@ -505,6 +513,15 @@ def _compile_losses(agent: Agent) -> tuple[str, ...]:
     for name in names:
         setattr(agent, name, torch.compile(getattr(agent, name), dynamic=False))
     return tuple(names)
+
+
+def _trace_loss(agent: Agent) -> None:
+    """Put a recording in the place of the agent's `loss`, if it has one."""
+    loss: Any = getattr(agent, "loss", None)
+    if callable(loss):
+        from rlctl.traced import TracedLoss  # which loads what only recording needs
+
+        agent.loss = TracedLoss(agent, loss, _log.info)  # type: ignore[assignment]
 
 
 def _precision(

@@ -418,7 +418,12 @@ def _carry_out(
             _share_agent(agent, rank, settings.seed)
         chosen = settings.run
         report = accelerate(
-            agent, graphs=chosen.graphs, compile=chosen.compile, precision=chosen.precision, say=display.say
+            agent,
+            graphs=chosen.graphs,
+            compile=chosen.compile,
+            trace=chosen.trace,
+            precision=chosen.precision,
+            say=display.say,
         )
         _announce(display, settings, mine or Path("-"), device, why, found, agent, report)
         job = Job(agent, env, data, run, settings.agent, settings.seed)

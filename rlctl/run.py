@@ -76,6 +76,9 @@ class RunConfig:
     compile: bool = False
     """Run the agent's losses through torch.compile: half a minute or more at the start, then a tenth faster for PPO on
     a CPU. It pays in long runs of agents with many small steps, and not for SAC."""
+    trace: bool = True
+    """On a CPU run the loss of PPO and SPO, and its gradients, from a recording: the same bits, sooner where networks
+    and minibatches are small. Not beside compile."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Arithmetic of the losses: float32; tf32 rounds the factors of matrix products on CUDA; bf16 is autocast."""
 

@@ -118,6 +118,11 @@ def gradients(
     a part of it.
     """
     params = _params(opt)
+    known, grads = getattr(
+        loss, "known_gradients", ((), ())
+    )  # of a loss that was computed with them, for its parameters
+    if len(known) == len(params) and all(a is b for a, b in zip(known, params, strict=True)):
+        return list(grads)
     with wanted(params):
         return list(torch.autograd.grad(loss, params, allow_unused=allow_unused, retain_graph=retain_graph))
 

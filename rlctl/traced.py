@@ -1,0 +1,253 @@
+"""A loss and its gradients from a recording, on a CPU: the same operations, without Python's and autograd's share.
+
+With small networks and minibatches most of a gradient step is spent around its operations. So the operations of the
+loss and of its backward pass are recorded once, as one flat program that TorchScript's interpreter runs: the same
+kernels on the same numbers, so the same bits. The first calls hold each recording to the plain loss, bit for bit; a
+loss that cannot be recorded, or does not come out the same, runs as before, and `reason` says why.
+
+The recording knows the shapes of its arguments, and holds everything else for constant but the parameters and buffers
+of the agent, whose memory it reads. So a loss is refused that draws random numbers, reads a counter or the value of a
+tensor, or changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rlctl.host_reads import host_read
+from rlctl.types import Agent
+
+Program: TypeAlias = Callable[..., Sequence[Tensor]]
+
+CHECKS = 3
+"""Calls for which a recording is held to the plain loss before it stands in for it. TorchScript optimises in the second
+and is settled from the third on."""
+SHAPES = 8
+"""Recordings of one loss, by shapes of arguments and settings; what asks for more is no place for recordings."""
+
+
+class CannotTrace(Exception):
+    """Why a loss cannot be recorded."""
+
+
+@dataclass
+class _Recording:
+    program: Program
+    params: Sequence[Tensor]
+    """Those that the loss depends on, in the order of the gradients."""
+    structure: Any
+    """Of what the loss returns."""
+    differentiable: int
+    """Which leaf of it is the loss."""
+    checked: int = 0
+
+
+class TracedLoss:
+    """Stands in for `agent.loss`; takes and returns what that does, gradients for `backward` included.
+
+    Args:
+        agent: its parameters are those that gradients are computed for.
+        loss: its method. It returns tensors in any nesting of tuples and dicts, one of them a scalar that requires a
+            gradient.
+        say: is told once if the loss cannot be recorded.
+    """
+
+    def __init__(self, agent: Agent, loss: Callable[..., Any], say: Callable[[str], None]) -> None:
+        self._agent, self._loss, self._say = agent, loss, say
+        self._recordings: dict[Any, _Recording] = {}
+        self.reason = ""
+        """Why it has given up, if it has."""
+        self.replays = 0
+        """Calls answered by a recording."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which record anew: a recording holds the parameters of one agent."""
+        return vars(self) | {"_recordings": {}}
+
+    def __call__(self, *args: Any) -> Any:
+        """What the loss returns."""
+        if self.reason or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._loss(*args)
+        flat: list[Tensor] = []
+        if not _flatten(args, flat):
+            return self._give_up("an argument is neither a tensor nor a tuple of tensors", args)
+        key = (self._agent.training, _numbers(self._agent), *[x.shape for x in flat])
+        recording = self._recordings.get(key)
+        if recording is None:
+            if len(self._recordings) >= SHAPES:
+                return self._give_up("its arguments or settings change too often", args)
+            try:
+                recording = self._recordings[key] = self._record(args, flat)
+            except CannotTrace as e:
+                return self._give_up(str(e), args)
+        if recording.checked < CHECKS:
+            return self._check(recording, args, flat)
+        self.replays += 1
+        return self._replay(recording, flat)
+
+    def _record(self, args: Any, flat: list[Tensor]) -> _Recording:
+        """Record the loss of these arguments."""
+        agent = self._agent
+        params = [p for p in agent.parameters() if p.requires_grad]
+        found: dict[str, Any] = {}
+
+        def loss_and_gradients(*tensors: Tensor) -> list[Tensor]:
+            leaves, structure = tree_flatten(self._loss(*_unflatten(args, iter(tensors))))
+            if not all(isinstance(x, Tensor) for x in leaves):
+                raise CannotTrace("it returns more than tensors")
+            roots = [k for k, x in enumerate(leaves) if x.requires_grad]
+            if len(roots) != 1 or leaves[roots[0]].dim():
+                raise CannotTrace("it returns not one scalar that requires a gradient, and others that do not")
+            grads = torch.autograd.grad(leaves[roots[0]], params, allow_unused=True)
+            found.update(structure=structure, differentiable=roots[0], used=[g is not None for g in grads])
+            return [x.detach() for x in leaves] + [g for g in grads if g is not None]
+
+        before = {name: x.clone() for name, x in agent.state_dict().items()}
+        numbers = _numbers(agent)
+        try:
+            with _no_counters(agent), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript's own, of its age and of constants
+                with _Refuse():  # type: ignore[no-untyped-call]
+                    loss_and_gradients(*flat)
+                traced = make_fx(loss_and_gradients)(*flat)
+                _simplify(traced.graph)
+                traced.recompile()
+                program = torch.jit.trace(traced, tuple(flat), check_trace=False)  # type: ignore[no-untyped-call]
+        except CannotTrace:
+            raise
+        except Exception as e:
+            raise CannotTrace(f"recording it failed ({type(e).__name__}: {str(e).strip().splitlines()[-1]})") from e
+        after = agent.state_dict()
+        if moved := [name for name, x in before.items() if not torch.equal(x, after[name])]:
+            raise CannotTrace(f"it changes {', '.join(moved)}")
+        if _numbers(agent) != numbers:
+            raise CannotTrace("it counts in attributes of the agent")
+        used = [p for p, wanted in zip(params, found["used"], strict=True) if wanted]
+        return _Recording(program, used, found["structure"], found["differentiable"])
+
+    def _check(self, recording: _Recording, args: Any, flat: list[Tensor]) -> Any:
+        """The plain loss; gives up if the recording has another value or another gradient."""
+        out = self._loss(*args)
+        leaves = tree_flatten(out)[0]
+        root = leaves[recording.differentiable]
+        expected = [*leaves, *torch.autograd.grad(root, recording.params, retain_graph=True)]
+        with torch.no_grad():
+            got = recording.program(*flat)
+        same = all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+        if not same and bool(torch.stack([x.isfinite().all() for x in expected]).all()):
+            self._give_up("its recording does not give the same bits")
+        recording.checked += same
+        return out
+
+    def _replay(self, recording: _Recording, flat: list[Tensor]) -> Any:
+        with torch.no_grad():
+            out = list(recording.program(*flat))
+        count = len(out) - len(recording.params)
+        root = recording.differentiable
+        loss = _WithGradients.apply((out[root], out[count:]), *recording.params)  # type: ignore[no-untyped-call]
+        loss.known_gradients = (recording.params, out[count:])
+        out[root] = loss
+        return tree_unflatten(out[:count], recording.structure)
+
+    def _give_up(self, why: str, args: Any = None) -> Any:
+        self.reason = why
+        self._recordings.clear()
+        self._say(f"not recorded: the loss of {type(self._agent).__name__}: {why}")
+        return None if args is None else self._loss(*args)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known: `apply((value, gradients), *parameters)`."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Tensor, list[Tensor]], *params: Tensor) -> Tensor:
+        value, ctx.grads = known
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, *torch._foreach_mul(ctx.grads, grad)
+
+
+class _Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises CannotTrace at an operation whose result no recording can give again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse, or run."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CannotTrace(f"it draws random numbers ({func})")
+        if why := host_read(func, args, kwargs):
+            raise CannotTrace(f"{why} ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+def _simplify(graph: torch.fx.Graph) -> None:
+    """Take out operations that give their argument back, of which a backward pass has many; values stay as they are."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        same = None
+        if node.target is aten.detach.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == 1):
+            same = node.args[0]
+        elif node.target is aten.t.default and node.args[0].target is aten.t.default:
+            same = node.args[0].args[0]
+        if same is not None:
+            node.replace_all_uses_with(same)
+    graph.eliminate_dead_code()
+
+
+class _Unread(dict[str, int]):
+    """Counters that must not be read."""
+
+    def __getitem__(self, name: str) -> int:
+        raise CannotTrace(f"it reads the counter {name!r}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As by index."""
+        return self[name]
+
+
+@contextlib.contextmanager
+def _no_counters(agent: Agent) -> Iterator[None]:
+    counters, agent.counters = agent.counters, _Unread(copy.copy(agent.counters))
+    try:
+        yield
+    finally:
+        agent.counters = counters
+
+
+def _numbers(agent: Agent) -> tuple[Any, ...]:
+    """The agent's attributes that are plain numbers or words: constants of a recording."""
+    return tuple(x for x in vars(agent).values() if isinstance(x, int | float | str))
+
+
+def _flatten(args: Any, into: list[Tensor]) -> bool:
+    """Append the tensors of nested tuples; False if there is anything else."""
+    for x in args:
+        if isinstance(x, Tensor):
+            into.append(x)
+        elif not isinstance(x, tuple) or not _flatten(x, into):
+            return False
+    return True
+
+
+def _unflatten(args: tuple[Any, ...], tensors: Iterator[Tensor]) -> list[Any]:
+    """`args` with other tensors in the places of theirs."""
+
+    def again(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return next(tensors)
+        parts = [again(y) for y in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+
+    return [again(x) for x in args]

@@ -1,0 +1,201 @@
+"""Losses and gradients from recordings: the same bits as without, and a refusal where that cannot be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agent_helpers import batch_for, differing, snapshot, tiny
+from torch import Tensor
+
+from rlctl import agents, experiment
+from rlctl.agents import names
+from rlctl.agents.ppo import PPO
+from rlctl.ops import gradients
+from rlctl.traced import CHECKS, TracedLoss
+from rlctl.types import Batch
+
+
+def traced(agent: Any) -> tuple[TracedLoss, list[str]]:
+    """The agent's loss, replaced by a recording, and what that says."""
+    said: list[str] = []
+    agent.loss = TracedLoss(agent, agent.loss, said.append)
+    return agent.loss, said
+
+
+@pytest.mark.parametrize("name", [n for n in names() if callable(getattr(agents.get(n), "loss", None))])
+def test_updates_are_the_same_bit_for_bit(name: str) -> None:
+    """Of every agent that has one loss; those whose loss cannot be recorded say why, and run as before."""
+    plain, agent = tiny(name), tiny(name)
+    loss, said = traced(agent)
+    for k in range(6):
+        batch = batch_for(plain, k)
+        expected, got = plain.update(batch), agent.update(batch)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), k
+        assert differing(plain, snapshot(agent)) == [], k
+    assert (loss.replays > 0) is (said == []) is (name in ("ppo", "spo"))
+    if name == "pmoe-ppo":
+        assert "it draws random numbers" in said[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_runs_are_the_same(threads: int, tmp_path: Path) -> None:
+    """From the command line's door, evaluation and checkpoints included."""
+    ends = []
+    for trace in (True, False):
+        folder = tmp_path / str(trace)
+        layer: dict[str, Any] = {"env": "Pendulum-v1", "seed": 3}
+        layer["agent"] = {"steps": 1024, "num_envs": 4, "horizon": 64, "minibatch_size": 64}
+        layer["run"] = {"final_episodes": 2, "evaluations": 2, "trace": trace, "threads": threads, "tensorboard": False}
+        experiment.train(experiment.resolve("ppo", [layer]), folder, quiet=True)
+        last = max((folder / "checkpoints").glob("step_*"))
+        ends.append((last / "agent.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+def test_any_use_of_the_loss_has_its_gradients() -> None:
+    """Not only the short way through `minimize`."""
+    agent = tiny("ppo")
+    plain = agent.loss  # type: ignore[operator]
+    loss, _ = traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    for _ in range(CHECKS + 1):
+        out = loss(rows)
+    assert loss.replays == 1
+    params = [p for p in agent.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(plain(rows)[0], params)
+    short = gradients(out[0], agent.opt)  # type: ignore[attr-defined]
+    doubled = torch.autograd.grad(2 * out[0] + params[0].sum(), params, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, short, strict=True))
+    assert torch.equal(doubled[0], 2 * expected[0] + 1)
+    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled[1:], expected[1:], strict=True))
+    with torch.no_grad():
+        assert not loss(rows)[0].requires_grad
+
+
+def test_new_shapes_and_settings_are_recorded_beside_each_other() -> None:
+    agent = tiny("ppo")
+    plain = agent.loss  # type: ignore[operator]
+    loss, said = traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    short = type(rows)(*[x[:7] for x in rows])
+    agent.weight = 1.0  # type: ignore[assignment]
+    for _ in range(CHECKS + 2):
+        for part in (rows, short):
+            assert torch.equal(loss(part)[0], plain(part)[0])
+    assert loss.replays == 4
+    agent.weight = 2.0  # type: ignore[assignment]
+    loss(rows)
+    assert loss.replays == 4
+    assert not said
+    for size in range(1, 12):
+        loss(type(rows)(*[x[: size + 7] for x in rows]))
+    assert said == ["not recorded: the loss of PPO: its arguments or settings change too often"]
+
+
+def test_a_copy_records_anew() -> None:
+    """A recording holds the parameters of one agent."""
+    agent = tiny("ppo")
+    traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    for _ in range(CHECKS + 1):
+        agent.loss(rows)  # type: ignore[operator]
+    twin = copy.deepcopy(agent)
+    for _ in range(3):
+        agent.update(batch_for(agent))
+        twin.update(batch_for(twin))
+    assert differing(agent, snapshot(twin)) == []
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    assert not torch.equal(twin.loss(rows)[0], agent.loss(rows)[0])  # type: ignore[operator]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+class Drawing(PPO):
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        return super().policy_loss(ratio, adv) * torch.rand((), generator=self.rng["sample"])
+
+
+class Reading(PPO):
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        return super().policy_loss(ratio, adv) * (2.0 if adv.mean() > 0 else 1.0)
+
+
+class Annealed(PPO):
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        return super().policy_loss(ratio, adv) / (1 + self.counters["updates"])
+
+
+class Changing(PPO):
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        self.obs_norm.mean.add_(1e-3)
+        return super().policy_loss(ratio, adv)
+
+
+class Counting(PPO):
+    calls = 0
+
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().policy_loss(ratio, adv)
+
+
+class Talking(PPO):
+    def loss(self, m: Any) -> Any:
+        loss, metrics = super().loss(m)
+        return loss, metrics | {"words": "no tensor"}
+
+
+class Twofold(PPO):
+    def loss(self, m: Any) -> Any:
+        loss, metrics = super().loss(m)
+        return loss, metrics | {"other": loss * 2}
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Drawing, "it draws random numbers"),
+        (Reading, "it reads a tensor on the host"),
+        (Annealed, "it reads the counter 'updates'"),
+        (Changing, "it changes obs_norm.mean"),
+        (Counting, "it counts in attributes of the agent"),
+        (Talking, "it returns more than tensors"),
+        (Twofold, "it returns not one scalar"),
+    ],
+)
+def test_what_no_recording_can_give_again_is_refused(cls: type[PPO], why: str) -> None:
+    agent = cls(tiny("ppo").spec, tiny("ppo").cfg)
+    loss, said = traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))
+    for _ in range(3):
+        loss(rows)
+    assert len(said) == 1
+    assert why in said[0]
+    assert loss.replays == 0
+
+
+def test_a_recording_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = tiny("ppo")
+    loss, said = traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    loss(rows)
+    (recording,) = loss._recordings.values()
+    program: Callable[..., Any] = recording.program
+    recording.program = lambda *args: [x * (1 + 1e-6) for x in program(*args)]
+    loss(rows)
+    assert said == ["not recorded: the loss of PPO: its recording does not give the same bits"]
+
+
+def test_other_arguments_are_left_to_the_loss() -> None:
+    agent = tiny("ppo")
+    seen = []
+    agent.loss = TracedLoss(agent, lambda batch: batch.obs.sum(), seen.append)  # type: ignore[assignment]
+    batch: Batch = batch_for(agent)
+    assert torch.equal(agent.loss(batch), batch.obs.sum())  # type: ignore[operator]
+    assert "neither a tensor nor a tuple" in seen[0]
