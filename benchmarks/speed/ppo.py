@@ -6,11 +6,15 @@ All with two 64-64 tanh networks and 10 epochs, collecting and learning included
   rlctl, same minibatches   8 worlds x 256 steps, minibatches of 64: the peer's own numbers
   rlctl, packaged           configs/ppo/Hopper-v5.yaml
   Stable-Baselines3         8 DummyVecEnv worlds x 256 steps, minibatches of 64
+
+Ours run with one torch thread, which is what `rlctl train` picks for networks of this size (the simulation uses all
+cores); the peer with one and with as many as there are cores, torch's default.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
@@ -36,6 +40,7 @@ class Ours:
         self.cfg = replace(cfg, steps=10**9)
         self.env = rlctl.make_env("Hopper", cfg.num_envs, seed=0)
         self.agent = rlctl.make_agent("ppo", self.env, self.cfg)
+        rlctl.accelerate(self.agent)  # as the command line does
         self.slice(1)
 
     def slice(self, rollouts: int) -> float:
@@ -67,23 +72,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rollouts", type=int, default=5, help="rollouts per contender and round")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     packaged: Any = resolve("ppo", [{"env": "Hopper"}]).agent
     same = PPOConfig(num_envs=8, horizon=256, minibatch_size=64, epochs=10)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
     a, b, c = Ours(same), Ours(packaged), Peer()
+
+    def at(threads: int, contender: Ours | Peer) -> float:
+        torch.set_num_threads(threads)
+        return contender.slice(args.rollouts)
+
     contenders = {
-        "rlctl, the peer's minibatches": lambda: a.slice(args.rollouts),
-        "rlctl, packaged Hopper config": lambda: b.slice(args.rollouts),
-        "Stable-Baselines3 PPO": lambda: c.slice(args.rollouts),
+        "rlctl, the peer's minibatches": lambda: at(1, a),
+        "rlctl, packaged Hopper config": lambda: at(1, b),
+        "Stable-Baselines3 PPO, 1 thread": lambda: at(1, c),
+        f"Stable-Baselines3 PPO, {cores} threads": lambda: at(cores, c),
     }
     result = interleaved(contenders, args.rounds)
     for name, r in result.items():
-        print(f"{name:<32} {r['median']:>8,.0f} steps/s   {r['ratio']:.2f}")
-    write("speed-ppo", {"unit": "environment steps/s", "threads": args.threads, "results": result}, args.out)
+        print(f"{name:<36} {r['median']:>8,.0f} steps/s   {r['ratio']:.2f}")
+    write("speed-ppo", {"unit": "environment steps/s", "results": result}, args.out)
 
 
 if __name__ == "__main__":
