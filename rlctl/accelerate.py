@@ -44,6 +44,9 @@ Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
 WARM_UP = 2
 """Plain runs of each turn before it is captured: the first creates optimiser state, kernels and handles."""
+LARGEST = 200_000
+"""Operations of an update that are captured at most: a graph of millions takes minutes to build, and gains little, for
+an update so long does not wait for Python."""
 TURNS = 8
 """Turns an update may take. Past that, Python decides something anew at each update, and capturing gains nothing."""
 
@@ -69,10 +72,15 @@ class Recorder(Protocol):
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises CannotCapture where an operation makes the host wait."""
+    """Raises CannotCapture where an operation makes the host wait, and after `LARGEST` operations."""
+
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse, or run."""
+        self.count += 1
+        if self.count > LARGEST:
+            raise CannotCapture(f"it is more than {LARGEST:,} operations: larger minibatches make fewer")
         if why := host_read(func, args, kwargs):
             raise CannotCapture(f"{why} ({func})")
         return func(*args, **(kwargs or {}))
@@ -124,22 +132,19 @@ class CudaGraph:
 
     runs_while_recording = False
 
-    def __init__(self, device: torch.device, generators: Sequence[torch.Generator], pool: Any) -> None:
-        self._graph = cuda_graphs.new_graph(generators)
-        self._generators = generators
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        self._device, self._generators = device, generators
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = pool
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, run: Callable[[], Any]) -> Any:
         """Capture; see `Recorder`."""
-        with (
-            cuda_graphs.rescued(self._generators),
-            torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream),
-        ):
+        with cuda_graphs.capture(self._device, self._generators, self._stream, "global") as self._graph:
             return run()
 
     def replay(self) -> None:
         """Launch; see `Recorder`."""
+        assert self._graph is not None
         self._graph.replay()
 
 
@@ -281,7 +286,7 @@ class Captured:
             for group, key, value in settings:
                 group[key] = value
             self._give_up(f"the capture failed: {type(e).__name__}: {e}")
-            for other in vars(agent).values():  # the generators have new states (`cuda_graphs.rescued`)
+            for other in vars(agent).values():  # the generators have new states (`cuda_graphs.capture`)
                 if isinstance(other, Captured):
                     other.forget()
             return self(*args, **kwargs)
@@ -448,18 +453,17 @@ def accelerate(
 
             agent.update = update  # type: ignore[method-assign]
         return Report((), (why,), compiled, policy)
-    pool = None if graphs == "tape" else torch.cuda.graph_pool_handle()
 
     def recorder() -> Recorder:
-        return Tape() if graphs == "tape" else CudaGraph(device, list(agent.rng.values()), pool)
+        return Tape() if graphs == "tape" else CudaGraph(device, list(agent.rng.values()))
 
     def refusal(reason: str) -> None:
         if graphs == "require":
             raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {reason}.")
         say(f"not captured: {type(agent).__name__}'s {reason}")
 
-    agent.act = Captured(agent, "act", recorder, refusal, contextlib.nullcontext)  # type: ignore[method-assign]
-    agent.update = Captured(agent, "update", recorder, refusal, scope, rehearse=True)  # type: ignore[method-assign]
+    for name, around in (("act", contextlib.nullcontext), ("update", scope)):
+        setattr(agent, name, Captured(agent, name, recorder, refusal, around, rehearse=True))
     kind = "tapes, which stand for CUDA graphs in tests" if graphs == "tape" else "CUDA graphs"
     return Report(("update", "act"), (), compiled, policy, kind)
 
@@ -470,7 +474,7 @@ def _obstacle(agent: Agent, name: str, args: Any, kwargs: Any) -> str:
     Whatever goes wrong goes wrong here, where no training state is half changed. Asked at the first call, when the
     agent has seen its dataset and a true batch is there.
     """
-    if agent.host_reads:
+    if name == "update" and agent.host_reads:
         return f"it reads tensors on the host: {agent.host_reads}"
     memo: dict[int, Any] = {id(g): _same_generator(g) for g in agent.rng.values()}
     # recordings made so far stay the original's: a CUDA graph cannot be copied, and the copy drops them below

@@ -41,6 +41,8 @@ KEYS = ("algo", "env", "data", "seed", "device", "env_backend", "env_options", "
 SECTIONS, NAMES = ("env_options", "data_options", "agent", "run"), ("algo", "env", "data", "device", "env_backend")
 DATA_OPTIONS = {"view", "episode_len", "obs_keys"}
 """Keys of the section data_options; what they mean is told by `rlctl.data.dataset.load_dataset`."""
+MANY_WORLDS = 1024
+"""Number of worlds from which on-policy agents have other settings; see `many_worlds`."""
 ARITHMETIC = ("precision", "compile")
 """Keys of the section run that change the numbers of an update, not only what is written about them."""
 ENV_BACKENDS = ("auto", "cpu", "warp")
@@ -124,7 +126,7 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
         raise UsageError(f"{algo} learns in an environment: give one with --env, `rlctl envs` lists them")
     if top.get("data") and "data" not in cls.sources() | cls.accepts:
         raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
-    values = merge(packaged(algo, env), top)
+    values = merge(packaged(algo, env), many_worlds(cls, top.get("agent", {})), top)
     if values.get("agent", {}).get("offline_updates") is not None:
         _refuse_online(algo, cls)
     own = {f.name for f in fields(cls.Config)}
@@ -157,6 +159,20 @@ def _refuse_online(algo: str, cls: type[Agent]) -> None:
         why = online if cls.regime != "offline" else "its config does not derive from rlctl.train.OfflineRLConfig"
     if why:
         raise UsageError(f"{algo} does not go from a dataset to an environment: {why}; leave --offline-updates out")
+
+
+def many_worlds(cls: type[Agent], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an on-policy agent whose user asks for `MANY_WORLDS` or more; empty for all others.
+
+    Rollouts of 256 steps are a million transitions then, and minibatches of 64 a hundred thousand gradient steps. With
+    many worlds rollouts are short, minibatches large and passes few, as is usual for simulators on a GPU.
+    """
+    num_envs, known = asked.get("num_envs"), {f.name for f in fields(cls.Config)}
+    if cls.regime != "on_policy" or "horizon" not in known or not isinstance(num_envs, int) or num_envs < MANY_WORLDS:
+        return {}
+    horizon = asked.get("horizon", 16)
+    agent = {"horizon": horizon, "minibatch_size": num_envs * horizon // 4, "epochs": 5, "steps": 20_000 * num_envs}
+    return {"agent": {key: value for key, value in agent.items() if key in known}, "run": {"evaluations": 10}}
 
 
 def packaged(algo: str, env: str | None) -> dict[str, Any]:
@@ -250,6 +266,7 @@ def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
         raise UsageError(f"{folder / 'run.json'} is missing or incomplete, and with it the sizes of the networks")
     dims = record["spec"]
     device = pick_device(settings.device if settings.device != "auto" else "cpu")[0]
+    _use(device)
     spec = Spec(dims["obs_dim"], dims["act_dim"], dims["num_envs"], device, dims["episode_len"], settings.seed)
     cfg = parallel.share(settings.agent, record.get("processes", 1))
     agent = agents.make(settings.cls, spec, cfg)
@@ -300,6 +317,12 @@ def pick_device(asked: str, settings: Settings | None = None) -> tuple[torch.dev
     if str(device) == "cuda" and parallel.launched():
         return torch.device("cuda", parallel.local_rank()), "as asked, one for each process"
     return device, "as asked"
+
+
+def _use(device: torch.device) -> None:
+    """Make a CUDA device the current one: what names none, streams and memory pools among it, lies there too."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _best_device(settings: Settings | None) -> tuple[torch.device, str]:
@@ -369,6 +392,7 @@ def _carry_out(
     started = refused = False
     try:
         device, why = pick_device(settings.device, settings)
+        _use(device)
         if not alone:
             _refuse_unless_shareable(settings)
             parallel.join(device)
@@ -596,6 +620,8 @@ def _announce(
         display.say(f"simulated by the {found.engine.backend} engine: {found.engine.why}")
     if device.type == "cuda" or report.compiled or s.run.precision != "float32":
         display.say(f"updates: {report.say()}")
+    if s.cls.regime == "on_policy" and agent.spec.num_envs >= MANY_WORLDS:
+        display.say(f"{agent.spec.num_envs:,} worlds: short rollouts and large minibatches, unless you set others")
     if parallel.world_size() > 1:
         display.say(f"{parallel.world_size()} processes, {agent.spec.num_envs} worlds each")
     if s.cls.regime == "off_policy" or s.goes_online:

@@ -4,14 +4,16 @@
     python benchmarks/speed/gpu.py --dry-run           # anywhere: tiny, on the CPU, to see that it works
 
 Runs from a source tree; the packages may be installed or unpacked into a folder (`benchmarks/speed/gpu_wheels.py`).
-Everything that was measured is written after each part, so an interrupted run keeps what it has. What did not fit into
-the time, or is not installed, is listed under `skipped`, with the reason; no number is ever filled in.
+Each piece is measured in a process of its own, the kernels of all tasks are compiled side by side beforehand, and what
+was measured is written after each piece: one that crashes, or an interrupted run, costs nothing else. What did not fit
+into the time, or is not installed, is listed under `skipped`, with the reason; no number is ever filled in.
 
 Measured, on the same host:
 - environment steps per second of Hopper, HalfCheetah, Ant and Humanoid at several numbers of worlds: captured and eager
   on the GPU, and the CPU engine on all cores; bytes of device memory per world;
 - updates per second of SAC, TD3, TD3+BC, IQL and EXPO, eager and captured, and of Stable-Baselines3 on the same GPU;
-- PPO end to end: steps per second, and seconds until the mean return of finished episodes reaches a mark.
+- PPO end to end: steps per second, and seconds until the mean return of finished episodes reaches a mark, not counting
+  compilation, capture and the four rollouts in which they happen.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import math
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +46,11 @@ from rlctl.agents.ppo import PPOConfig
 from rlctl.data.dataset import Dataset
 from rlctl.types import Agent, Batch, Spec
 
-NUMBERS = (4096, 256, 16384, 1024)
-"""Worlds, the most telling first: time may run out."""
+NUMBERS = (256, 1024, 4096, 16384)
+"""Worlds, ascending: memory that a graph allocated stays with the process, so a smaller number would hide in it."""
+PARTS = ("updates", "simulation", "ppo")
+SHARES = {"updates": 0.3, "simulation": 0.6, "ppo": 1.0}
+"""Of the time that is left when a part begins, all its pieces together."""
 TARGETS = {"Hopper": 2500.0, "HalfCheetah": 4000.0, "Ant": 3000.0, "Humanoid": 4000.0}
 OBS, ACT, ROWS, BATCH = 17, 6, 100_000, 256
 """HalfCheetah's sizes, for the updates."""
@@ -86,10 +94,18 @@ class Report:
 
     def add(self, part: str, **row: Any) -> None:
         self.result[part].append(row)
-        write(
-            "speed-gpu", self.result, self.out, quiet=True
-        )  # whoever kills this after ten minutes keeps what was measured
+        self.write()
         print("  ".join(f"{k}={v:,.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def write(self) -> None:
+        """So that whoever kills this after ten minutes keeps what was measured."""
+        write("speed-gpu", self.result, self.out, quiet=True)
+
+    def merge(self, file: Path) -> None:
+        """Take over what a piece has written."""
+        found = json.loads(file.read_text())
+        for part in (*PARTS, "skipped"):
+            self.result[part] += found[part]
 
     def save(self) -> None:
         write("speed-gpu", self.result, self.out)
@@ -137,9 +153,8 @@ def free_memory() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- simulation
-@functools.cache
 def load_kernels(task: str, device: str) -> None:
-    """Run a few worlds once: code that is loaded for the process is not memory of a world."""
+    """Run a few worlds once, which compiles what they need."""
     env = rlctl.make_env(task, 16, seed=0, device=device, backend="warp")
     env.reset()
     env.step(torch.zeros(16, env.act_dim, device=device))
@@ -147,11 +162,18 @@ def load_kernels(task: str, device: str) -> None:
     env.close()
 
 
+@functools.cache
+def memory_without_worlds(task: str, device: str) -> int:
+    """Free bytes of this process once the code it loads is there, which is not memory of a world."""
+    load_kernels(task, device)
+    return free_memory()
+
+
 def simulate(task: str, n: int, device: str, seconds: float, clock: Clock, report: Report) -> None:
     """The GPU engine, captured and eager, then the CPU engine."""
     clock.need(4 * seconds + 5)
-    load_kernels(task, device)
-    before, start = free_memory(), time.perf_counter()
+    before = memory_without_worlds(task, device)
+    start = time.perf_counter()
     env: Any = rlctl.make_env(task, n, seed=0, device=device, backend="warp")
     env.reset()
     synchronize()
@@ -232,7 +254,7 @@ def updates(name: str, device: str, graphs: Any, seconds: float, clock: Clock, r
     row["eager"] = rate(update, seconds)
     agent, update = learner(name, device)
     row["how"] = rlctl.accelerate(agent, graphs=graphs).say()
-    for _ in range(12):  # every turn of its Python is recorded
+    for _ in range(3 * max(getattr(agent.cfg, "policy_every", 4), 4) + 2):  # each turn of its Python comes three times
         update()
     row["captured"] = rate(update, seconds)
     row["captured_over_eager"] = row["captured"] / row["eager"]
@@ -318,6 +340,7 @@ def ppo(task: str, n: int, device: str, graphs: Any, clock: Clock, report: Repor
         best_return=best if math.isfinite(best) else None,
         env_steps=run.env_steps,
         how=how,
+        troubles=env.report(),
         curve=curve[:: max(len(curve) // 40, 1)],
     )
     env.close()
@@ -336,22 +359,91 @@ def crossovers(rows: list[dict[str, Any]], head: dict[str, Any]) -> dict[str, An
     return table
 
 
+def pieces(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What is measured in one process each, by part: tasks or learners."""
+    names = {"updates": list(LEARNERS), "simulation": args.tasks, "ppo": args.tasks}
+    return {part: names[part] for part in PARTS if part in args.parts}
+
+
+def measure(part: str, name: str, args: argparse.Namespace, clock: Clock, report: Report) -> None:
+    """One piece, in this process."""
+    device, graphs = ("cpu", "tape") if args.dry_run else ("cuda", "auto")
+    if part == "compile":
+        load_kernels(name, device)
+    elif part == "simulation":
+        for n in args.numbers:
+            with report.attempt(f"simulation of {n} {name}"):
+                simulate(name, n, device, args.seconds, clock, report)
+    elif part == "updates":
+        with report.attempt(f"updates of {name}"):
+            updates(name, device, graphs, args.seconds, clock, report)
+    else:
+        with report.attempt(f"PPO on {name}"):
+            ppo(name, 8 if args.dry_run else 4096, device, graphs, clock, report)
+
+
+def child(part: str, name: str, args: argparse.Namespace, budget: float, out: Path) -> subprocess.Popen[bytes]:
+    """A process that measures one piece."""
+    command = [sys.executable, str(HERE), "--piece", part, name, "--budget", str(budget), "--out", str(out)]
+    command += ["--seconds", str(args.seconds), "--numbers", *map(str, args.numbers)]
+    return subprocess.Popen(command + (["--dry-run"] if args.dry_run else []))
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """Wait for a piece, which keeps its own time: beyond `seconds` it hangs. Why it did not end well, or nothing."""
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f"no end after {seconds:.0f} s"
+    return f"its process ended with {code}" if code else ""
+
+
+def measure_all(args: argparse.Namespace, clock: Clock, report: Report) -> None:
+    """Every piece in a process of its own, one after the other, each with a share of the time that is left."""
+    skipped = report.result["skipped"]
+    with tempfile.TemporaryDirectory() as temp:
+        start = time.monotonic()
+        compiling = {task: child("compile", task, args, clock.left(), Path(temp) / task) for task in args.tasks}
+        for task, process in compiling.items():
+            if why := ended(process, max(clock.left() / 2, 1)):
+                skipped.append({"what": f"compiling {task}", "why": why})
+        report.result["compiled_after_s"] = time.monotonic() - start
+        for part, names in pieces(args).items():
+            with clock.share(SHARES[part] if len(args.parts) > 1 else 1.0):
+                for k, name in enumerate(names):
+                    budget = clock.left() / (len(names) - k)
+                    if args.dry_run:
+                        budget = 30 if part == "ppo" else 120
+                    if budget < 5:
+                        skipped.append({"what": f"{part} of {name}", "why": "no time was left"})
+                        continue
+                    out = Path(temp) / f"{part}-{name}.json"
+                    why = ended(child(part, name, args, budget, out), budget + 30)
+                    if out.exists():
+                        report.merge(out)
+                    if why:
+                        skipped.append({"what": f"{part} of {name}", "why": why})
+                    report.write()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds, from the first measurement on")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds, everything included")
     parser.add_argument("--seconds", type=float, default=1.5, help="per measurement")
     parser.add_argument("--tasks", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--numbers", nargs="*", type=int, default=list(NUMBERS), help="of worlds")
-    parser.add_argument("--parts", nargs="*", default=["simulation", "updates", "ppo"], help="what to measure")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument("--out", type=Path, default=RESULTS / "speed-gpu.json")
     parser.add_argument("--write-crossover", action="store_true", help="let --env-backend auto go by these numbers")
+    parser.add_argument("--piece", nargs=2, metavar=("PART", "NAME"), help="one piece, in this process")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny, on the CPU: shows that it works, measures nothing"
     )
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("this machine shows no CUDA device to torch; --dry-run runs anywhere")
-    device, graphs = ("cpu", "tape") if args.dry_run else ("cuda", "auto")
     if args.dry_run:
         args.tasks, args.numbers, args.seconds = args.tasks[:1], [4], 0.1
         args.out = args.out if args.out != RESULTS / "speed-gpu.json" else Path("speed-gpu-dry-run.json")
@@ -362,29 +454,13 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     report = Report(args.out, {"dry_run": args.dry_run, "gpu": gpu, "cores": cores, "unit": "per second"})
     clock = Clock(args.budget)
-    if "simulation" in args.parts:
-        with clock.share(0.5 if len(args.parts) > 1 else 1.0):
-            for n in args.numbers:
-                for task in args.tasks:
-                    with report.attempt(f"simulation of {n} {task}"):
-                        simulate(task, n, device, args.seconds, clock, report)
-        report.save()
-    if "updates" in args.parts:
-        with clock.share(0.4 if "ppo" in args.parts else 1.0):
-            for name in LEARNERS:
-                with report.attempt(f"updates of {name}"):
-                    updates(name, device, graphs, args.seconds, clock, report)
-        report.save()
-    if "ppo" in args.parts:
-        for k, task in enumerate(args.tasks):
-            with clock.share(1 / (len(args.tasks) - k)), report.attempt(f"PPO on {task}"):
-                if args.dry_run:
-                    clock.stops[-1] = min(clock.stops[-1], time.monotonic() + 15)
-                ppo(task, 8 if args.dry_run else 4096, device, graphs, clock, report)
+    if args.piece:
+        measure(*args.piece, args, clock, report)
+        report.write()
+        return
+    measure_all(args, clock, report)
     report.save()
     if args.write_crossover and not args.dry_run:
-        import json
-
         table = crossovers(report.result["simulation"], {"gpu": gpu, "cpu": cpu_model(), "cores": cores})
         file = HERE.parents[2] / "envs" / "rlctl_envs" / "engines" / "crossover.json"
         file.write_text(json.dumps(table, indent=1) + "\n")

@@ -275,7 +275,7 @@ class WarpVecEnv(VecEnv):
         if diverged > self._seen_diverged:
             self._seen_diverged = diverged
             _log.warning("%s: simulations that diverged and were ended: %d so far.", self.id, diverged)
-        lost = [b for b in bits if overflow_advice(b, 0, 0)]
+        lost = [b for b in bits if b and overflow_advice(b, 0, 0)]
         union = int(np.bitwise_or.reduce(lost)) if lost else 0
         if len(lost) > self._seen_overflow:
             self._seen_overflow = len(lost)

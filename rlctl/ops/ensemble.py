@@ -33,7 +33,8 @@ def mean_subset_min(q: Tensor, size: int) -> Tensor:
     num = len(q)
     check(num, size)
     chances = [comb(num - 1 - k, size - 1) / comb(num, size) for k in range(num)]
-    return torch.tensordot(q.new_tensor(chances), q.sort(0).values, dims=1)
+    weights = torch.cat([q.new_full((1,), chance) for chance in chances])  # filled on the device: nothing is copied
+    return torch.tensordot(weights, q.sort(0).values, dims=1)
 
 
 def check(num: int, size: int) -> None:

@@ -52,6 +52,17 @@ def test_what_fails_is_listed_and_what_was_measured_is_kept(script: ModuleType, 
     assert report.result["skipped"] == [{"what": "the second", "why": "RuntimeError: no such kernel"}]
 
 
+def test_a_piece_that_crashes_or_hangs_is_told_and_ended(script: ModuleType) -> None:
+    def run(code: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    assert script.ended(run("pass"), 60) == ""
+    assert script.ended(run("raise SystemExit(3)"), 60) == "its process ended with 3"
+    hanging = run("import time; time.sleep(600)")
+    assert script.ended(hanging, 0.1) == "no end after 0 s"
+    assert hanging.poll() is not None
+
+
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"

@@ -317,21 +317,24 @@ def test_a_failed_capture_falls_back_and_says_why(
 
 
 @pytest.mark.parametrize("algo", ["ppo", "sac"])
-def test_agents_learn_on_it(algo: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_agents_learn_on_it(algo: str, device: str) -> None:
     """Rollouts, normalisers, replay and updates on tensors that come straight from the simulator."""
     from rlctl.agents.ppo import PPOConfig
     from rlctl.agents.sac import SACConfig
 
-    env = make("Hopper", 8, episode_len=20)
-    run = rlctl.Run(make_eval_env=lambda n, seed: make("Hopper", n, episode_len=20, seed=seed))
+    env = make("Hopper", 8, episode_len=20, device=device)
+    run = rlctl.Run(make_eval_env=lambda n, seed: make("Hopper", n, episode_len=20, seed=seed, device=device))
     run.config = rlctl.RunConfig(evaluations=1, eval_episodes=4, final_episodes=0)
     if algo == "ppo":
         agent = rlctl.make_agent("ppo", env, PPOConfig(num_envs=8, horizon=16, minibatch_size=32, steps=384))
+        rlctl.accelerate(agent)
         rlctl.on_policy(agent, env, run)
     else:
         cfg = SACConfig(num_envs=8, learning_starts=64, steps=128, batch_size=32, hidden=(32, 32))
         agent = rlctl.make_agent("sac", env, cfg)
-        rlctl.off_policy(agent, env, rlctl.Ring(1000), run)
+        rlctl.accelerate(agent)
+        rlctl.off_policy(agent, env, rlctl.Ring(1000, device), run)
     run.finish(agent)
     assert run.updates == {"ppo": 3, "sac": 64}[algo]
     assert run.episodes.length.max() <= 20
@@ -377,6 +380,61 @@ def test_gpu_replays_draw_fresh_starts() -> None:
     assert env.program.mode == "graph"
     starts = torch.stack([env.step(torch.zeros(64, 3, device="cuda"))[0] for _ in range(5)])
     assert len(starts.flatten(0, 1).unique(dim=0)) == 5 * 64
+
+
+@pytest.mark.gpu
+def test_gpu_a_restart_touches_only_its_own_worlds() -> None:
+    env = make("Ant", device="cuda")
+    env.reset(seed=1)
+    for _ in range(5):
+        env.step(torch.full((4, 8), 0.3, device="cuda"))
+    before = env.engine.state()
+    env.engine.mask.copy_(torch.tensor([False, True, False, True]))
+    with env.engine.scope():
+        env.engine.restart()
+    after = env.engine.state()
+    for field, rows in before.items():
+        np.testing.assert_array_equal(after[field][[0, 2]], rows[[0, 2]])
+        assert not np.array_equal(after[field][1], rows[1])
+
+
+@pytest.mark.gpu
+def test_gpu_trouble_ends_a_world_and_is_told() -> None:
+    env = make("Hopper", device="cuda")
+    start, _ = env.reset(seed=2)
+    broken = env.engine.state()
+    broken["qvel"][1] = np.nan
+    env.engine.set_state(broken)
+    obs, reward, terminated, _, info = env.step(torch.full((4, 3), 0.2, device="cuda"))
+    assert terminated.tolist() == [False, True, False, False]
+    assert reward[1] == 0
+    assert torch.equal(info["next_obs"][1], start[1])
+    assert bool(obs.isfinite().all())
+    assert env.report() == {"env/diverged": 1.0}
+    env.step(torch.full((4, 3), torch.nan, device="cuda"))
+    with pytest.raises(NonFiniteAction, match="4 rows of actions"):
+        env.report()
+    cramped = make("Hopper", device="cuda", njmax=2)
+    cramped.reset(seed=1)
+    for _ in range(60):
+        cramped.step(torch.rand(4, 3, device="cuda") * 2 - 1)
+    assert cramped.report()["env/overflowed_worlds"] > 0
+
+
+@pytest.mark.gpu
+def test_gpu_seeds_and_states() -> None:
+    """A seed gives the same starts; a state taken and put back goes on alike, to rounding."""
+    env, other = (make("Hopper", 32, device="cuda", seed=k) for k in (1, 2))
+    starts = [env.reset(seed=5)[0], other.reset(seed=5)[0], env.reset(seed=6)[0]]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    action = torch.full((32, 3), 0.3, device="cuda")
+    for _ in range(5):
+        env.step(action)
+    other.set_state(env.state())
+    assert torch.equal(other.current_obs, env.current_obs)
+    first, second = env.step(action), other.step(action)
+    torch.testing.assert_close(first[:2], second[:2], atol=10 * ONE_STEP["Hopper"][1], rtol=1e-3)
 
 
 @pytest.mark.gpu

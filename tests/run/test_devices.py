@@ -62,6 +62,46 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         experiment.pick_device("tpu")
 
 
+def test_many_worlds_mean_short_rollouts_and_large_minibatches() -> None:
+    """In the many of a GPU the settings for a few would be one rollout of a million steps."""
+    many = settings(agent={"num_envs": 4096})
+    a: Any = many.agent
+    assert (a.horizon, a.minibatch_size, a.epochs, a.steps) == (16, 16_384, 5, 81_920_000)
+    assert many.run.evaluations == 10
+    own: Any = settings(agent={"num_envs": 4096, "horizon": 32, "epochs": 2, "steps": 10**6}, run={"evaluations": 3})
+    assert (own.agent.horizon, own.agent.minibatch_size, own.agent.epochs) == (32, 32_768, 2)
+    assert (own.agent.steps, own.run.evaluations) == (10**6, 3)
+    few: Any = settings(agent={"num_envs": 1023, "minibatch_size": 33})
+    assert few.agent.horizon == settings().agent.horizon  # type: ignore[attr-defined]
+    off_policy: Any = settings("sac", agent={"num_envs": 4096}).agent
+    assert off_policy.steps == settings("sac").agent.steps
+    for algo in ("trpo", "mdpo", "spo", "fixpo", "pmoe-ppo", "dppo"):
+        cfg: Any = settings(algo, agent={"num_envs": 2048}).agent
+        assert cfg.horizon == 16
+        assert 2048 * 16 % getattr(cfg, "minibatch_size", 1) == 0
+    again = experiment.resolve(None, [many.plain()])
+    assert again.plain() == many.plain()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_gpu_a_whole_run_and_its_resumption(algo: str, tmp_path: Path) -> None:
+    """Simulated, learned, evaluated, written and taken up again on the device."""
+    layer: dict[str, Any] = {"env": "Hopper", "device": "cuda:0", "env_backend": "warp"}
+    layer["agent"] = {"num_envs": 64, "steps": 8192}
+    layer["run"] = {"evaluations": 2, "eval_episodes": 2, "final_episodes": 4, "graphs": "require"}
+    if algo == "ppo":
+        layer["agent"] |= {"horizon": 16, "minibatch_size": 256, "epochs": 2}
+    folder = tmp_path / "run"
+    _, result = experiment.train(experiment.resolve(algo, [layer]), folder, quiet=True)
+    assert result is not None
+    experiment.resume(folder, steps=16_384, quiet=True)
+    record = experiment.read_json(folder / "run.json")
+    assert (record["status"], record["engine"]) == ("done", "warp")
+    agent, _ = experiment.load_agent(folder)
+    assert all(p.is_cuda and bool(p.isfinite().all()) for p in agent.parameters())
+
+
 def test_every_process_gets_a_gpu_of_its_own(gpu: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "6"), ("LOCAL_RANK", "2")):
         gpu.setenv(name, value)

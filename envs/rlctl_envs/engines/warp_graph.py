@@ -131,23 +131,16 @@ class Program:
         device = self._engine.device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         joined = wp.stream_from_torch(stream)
-        graph = cuda_graphs.new_graph(self._generators)
-        # Where the solver loops, warp ends the capture and begins it again, which torch's allocator does not see: from
-        # there on it would take memory that others may get while the graph still uses it. This pool is the graph's own.
-        pool = torch.cuda.MemPool()
-        with (
-            wp.ScopedStream(joined),
-            cuda_graphs.rescued(self._generators),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-            torch.cuda.use_mem_pool(pool, device),
-        ):
+        with wp.ScopedStream(joined), cuda_graphs.capture(device, self._generators, stream) as graph:
+            # Where the solver loops, warp ends the capture and begins it again; CUDA gives it the same id, by which
+            # torch's allocator knows it.
             wp.capture_begin(stream=joined, force_module_load=False, external=True)
             try:
                 for part in self._parts:
                     part.run()
             finally:
                 held = wp.capture_end(stream=joined)
-        self._kept += [stream, joined, graph, held, pool]
+        self._kept += [stream, joined, graph, held]
         return graph.replay
 
     def _several_graphs(self) -> list[Callable[[], None]]:
@@ -191,12 +184,9 @@ class Program:
         return launch
 
     def _torch_piece(self, run: list[Part]) -> Callable[[], None]:
-        graph = cuda_graphs.new_graph(self._generators)
-        stream = torch.cuda.Stream(self._engine.device)  # type: ignore[no-untyped-call]
-        with (
-            cuda_graphs.rescued(self._generators),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
+        device = self._engine.device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with cuda_graphs.capture(device, self._generators, stream) as graph:
             for part in run:
                 part.run()
         self._kept += [graph, stream]
