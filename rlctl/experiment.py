@@ -491,9 +491,9 @@ def _refuse_unless_shareable(s: Settings) -> None:
     why = ""
     if s.cls.regime != "on_policy" or s.cls.schedule is not None:
         why = "only on-policy agents share their updates"
-    elif s.cls.host_reads:
+    elif s.cls.host_reads and not s.cls.decides_together:
         why = f"each process would decide for itself: {s.cls.host_reads}"
-    elif s.cls.moved_by_hand is not Agent.moved_by_hand:
+    elif s.cls.moved_by_hand is not Agent.moved_by_hand and not s.cls.decides_together:
         why = "it moves parameters without a gradient step, which is where processes meet"
     if why:
         raise UsageError(f"{s.algo} cannot be trained by several processes: {why}; start it without torchrun")

@@ -75,8 +75,8 @@ def mean_gradients(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of `x` over the ranks."""
-    return total(x) / world_size()
+    """The mean of `x` over the ranks, without its graph; `x` itself where there is but one."""
+    return x if world_size() == 1 else total(x) / world_size()
 
 
 def total(x: Tensor) -> Tensor:
@@ -103,6 +103,15 @@ def std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     var, here = torch.var_mean(x, correction=0)
     together, var, n = merged_moments(here, var, x.numel())
     return (var * (n / (n - 1))).sqrt(), together
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest `x` [] of any rank."""
+    if world_size() == 1:
+        return x
+    out = x.detach().clone()
+    dist.all_reduce(out, dist.ReduceOp.MAX)
+    return out
 
 
 def anybody(flag: bool, device: torch.device) -> bool:

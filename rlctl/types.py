@@ -155,6 +155,9 @@ class Agent(nn.Module):
     host_reads: str = ""
     """Why an update has to read tensors on the host, if it does; such an agent cannot be captured as a graph. Said by
     the class; an instance whose settings do without the reads clears it."""
+    decides_together: bool = False
+    """Whether several processes that share an update decide alike what it reads on the host, and move alike what it
+    moves by hand, as they do with gradient steps (`rlctl.parallel`)."""
     offline_only: ClassVar[str] = ""
     """Why an offline learner does not go on in an environment, for one that does not. One that does has a Config with
     the fields of `rlctl.train.OfflineRLConfig`."""
@@ -253,7 +256,10 @@ class Agent(nn.Module):
         return found
 
     def moved_by_hand(self) -> Iterable[nn.Parameter]:
-        """Parameters that `update` moves without an optimiser (a line search, say); a run refuses any other orphan."""
+        """Parameters that `update` moves without an optimiser (a line search, say); a run refuses any other orphan.
+
+        See `decides_together`.
+        """
         return ()
 
     @contextlib.contextmanager

@@ -29,6 +29,8 @@ ALGOS: dict[str, dict[str, Any]] = {
     "spo": {"minibatch_size": 32},
     "pmoe-ppo": {"minibatch_size": 8},
     "dppo": {"minibatch_size": 16, "diffusion_steps": 2},
+    "trpo": {"v_minibatch_size": 32, "v_epochs": 2, "delta": 0.05},
+    "fixpo": {"minibatch_size": 32, "fixup_minibatch_size": 32, "max_kl": 0.02, "lr": 1e-2},
 }
 """Where one minibatch is the whole rollout, sharing it changes no number, but for rounding."""
 
@@ -94,7 +96,7 @@ def numbers(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {k: v.tolist() for k, v in state.items()}
 
 
-@pytest.mark.parametrize("name", ["ppo", "mdpo", "spo"])
+@pytest.mark.parametrize("name", ["ppo", "mdpo", "spo", "trpo", "fixpo"])
 def test_two_processes_learn_what_one_would(name: str, tmp_path: Path) -> None:
     """Parameters, and the moments of the normalisers, after updates on halves of the same rollouts."""
     ranks = together(lambda rank: numbers(updated(name, rank, SIZE)), tmp_path)
@@ -149,11 +151,16 @@ def test_shares() -> None:
     ("algo", "why"),
     [
         ("sac", "only on-policy agents"),
-        ("trpo", "moves parameters without a gradient step"),
-        ("fixpo", "each process would decide for itself"),
+        ("gorl", "only on-policy agents"),
+        ("by hand", "moves parameters without a gradient step"),
+        ("reading", "each process would decide for itself: it must"),
     ],
 )
-def test_agents_that_cannot_share_are_refused(algo: str, why: str) -> None:
+def test_agents_that_cannot_share_are_refused(algo: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if algo in ("by hand", "reading"):
+        host_reads, algo = ("it must", "ppo") if algo == "reading" else ("", "trpo")
+        monkeypatch.setattr(agents.get(algo), "decides_together", False)
+        monkeypatch.setattr(agents.get(algo), "host_reads", host_reads)
     settings = experiment.resolve(algo, [{"env": "probe:both"}])
     with pytest.raises(UsageError, match=why):
         experiment._refuse_unless_shareable(settings)

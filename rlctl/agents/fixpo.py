@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlctl import parallel
 from rlctl.agents.actor_critic import (
     ActorCriticConfig,
     Rows,
@@ -72,6 +73,7 @@ class FixPO(Agent):
     """Penalised policy gradient, then a sweep that brings every state of the batch back inside the bound."""
 
     regime = "on_policy"
+    decides_together = True
     host_reads = "its repair phase sweeps until no state violates the bound"
     Config = FixPOConfig
     cfg: FixPOConfig
@@ -99,6 +101,10 @@ class FixPO(Agent):
         """KL(old || new) of each row `[B]`, in nats."""
         return old.kl(self.pi(obs))
 
+    def worst(self, rows: Rows, old: Normal) -> Tensor:
+        """The largest divergence of any row, of all processes that share the update."""
+        return parallel.largest(self.divergence(rows.obs, old).max())
+
     def loss(self, m: Rows, old: Normal) -> tuple[Tensor, Tensor, Metrics]:
         """-E[r A] + beta E[KL] + vf_coef E[(V - R)^2] - ent_coef H, the KL of each row, and what to log."""
         c, pi = self.cfg, self.pi(m.obs)
@@ -113,7 +119,7 @@ class FixPO(Agent):
 
     def beta_loss(self, kl: Tensor) -> Tensor:
         """beta (eps - C max KL): beta grows while the largest divergence exceeds eps / C."""
-        return self.beta * (self.cfg.max_kl - self.cfg.margin * kl.max())
+        return self.beta * (self.cfg.max_kl - self.cfg.margin * parallel.largest(kl.max()))
 
     def beta_step(self, kl: Tensor) -> None:
         """One step of beta on the divergences `kl` [B] of a minibatch."""
@@ -141,18 +147,18 @@ class FixPO(Agent):
         c, steps = self.cfg, 0
         for _ in range(c.fixup_sweeps):
             with torch.no_grad():
-                if bool(self.divergence(rows.obs, old).max() <= c.max_kl):
+                if self.worst(rows, old) <= c.max_kl:
                     return True, steps
             for part in torch.split(torch.arange(len(rows.adv), device=rows.adv.device), c.fixup_minibatch_size):
                 kl = self.divergence(rows.obs[part], Normal(old.mean[part], old.log_std))
-                if bool(kl.max() > c.max_kl):
+                if parallel.largest(kl.detach().max()) > c.max_kl:
                     # the value network does not take part: its gradients are None, and Adam leaves it alone
                     grads = gradients(self.beta.detach() * kl.mean(), self.opt, allow_unused=True)
                     apply_gradients(self.opt, grads, c.max_grad_norm)
                     self.beta_step(kl.detach())
                     steps += 1
         with torch.no_grad():
-            return bool(self.divergence(rows.obs, old).max() <= c.max_kl), steps
+            return bool(self.worst(rows, old) <= c.max_kl), steps
 
     def update(self, batch: Batch) -> Metrics:
         """`epochs` times both phases on a rollout `[T, N]`, then the normalisers move."""

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlctl import parallel
 from rlctl.agents.actor_critic import (
     ActorCriticConfig,
     Rows,
@@ -59,6 +60,7 @@ class TRPO(Agent):
     """Natural-gradient step inside a KL ball, with separate policy and value networks."""
 
     regime = "on_policy"
+    decides_together = True
     Config = TRPOConfig
     cfg: TRPOConfig
 
@@ -94,13 +96,14 @@ class TRPO(Agent):
         adv = standardized(rows.adv)
         pi = self.pi(rows.obs)
         old, surrogate = pi.detach(), self.surrogate(pi, rows, adv)
-        gradient = flat(torch.autograd.grad(surrogate, params, retain_graph=True))
+        gradient = parallel.mean(flat(torch.autograd.grad(surrogate, params, retain_graph=True)))
         product = fisher_vector_product(self.divergence(pi, old), params, c.damping)
         step = natural_step(product, gradient, c.delta, c.cg_iterations)
 
         def accept() -> Tensor:
             new = self.pi(rows.obs)
-            return (self.surrogate(new, rows, adv) > surrogate) & (self.divergence(new, old) <= c.delta)
+            better = parallel.mean(self.surrogate(new, rows, adv)) > parallel.mean(surrogate)
+            return better & (parallel.mean(self.divergence(new, old)) <= c.delta)
 
         scale = backtrack(params, step, accept, c.shrink, c.backtracks)
         with torch.no_grad():

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rlctl import parallel
+
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """The entries of `tensors`, one behind the other, `[P]`."""
@@ -52,12 +54,14 @@ def fisher_vector_product(kl: Tensor, params: Sequence[Tensor], damping: float) 
     """v [P] -> (H + damping I) v [P], H the Hessian in `params` of the mean KL divergence `kl` (nats).
 
     At the old policy, where `kl` is 0, H is the Fisher matrix, whichever way the divergence is taken. `kl` compares the
-    policy, with its graph, with a detached copy of itself: undetached, the second derivative would be 0.
+    policy, with its graph, with a detached copy of itself: undetached, the second derivative would be 0. Where several
+    processes share the update, H is the mean of theirs.
     """
     slope = flat(torch.autograd.grad(kl, list(params), create_graph=True))
 
     def product(v: Tensor) -> Tensor:
-        return flat(torch.autograd.grad(slope @ v, list(params), retain_graph=True)) + damping * v
+        here = flat(torch.autograd.grad(slope @ v, list(params), retain_graph=True))
+        return parallel.mean(here) + damping * v
 
     return product
 
