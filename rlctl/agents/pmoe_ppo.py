@@ -5,8 +5,9 @@ github.com/quantumiracle/Popular-RL-Algorithms. The ratio is that of the full mi
 the gate too; the frequency loss adds a regression onto the component whose fresh draw has the largest Q.
 Differs: log-densities by logsumexp (the code's log of a sum of exponentials underflows where actions have many
 dimensions); Q has its own Adam, so that one component gives exactly our PPO, and PyTorch's initialisation; Q sees
-actions as the environment does, clipped to [-1, 1]; the value loss is not clipped; the learning rate falls linearly as
-in our PPO. There is a deterministic action: the code always draws the component.
+actions as the environment does, clipped to [-1, 1]; the value loss is not clipped and carries no factor 1/2
+(`vf_coef=0.25` is the code's weight); the learning rate falls linearly as in our PPO. There is a deterministic action,
+by the gate or by Q (`deterministic`), as in our PMOE-SAC.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from rlctl.agents.actor_critic import (
     rows_of,
     standardized,
     step_taken,
+    value_loss,
 )
 from rlctl.nets import MixturePolicy, NormalMixture, ObsNorm, QEnsemble, RewardScale, ValueNet
 from rlctl.nets.policy import GateInput
 from rlctl.ops import adam, mean_of, minibatches, minimize
-from rlctl.ops.mixtures import Deterministic, components_used, effective_components, frequency_loss
+from rlctl.ops.mixtures import Deterministic, frequency_loss, gate_use
 from rlctl.ops.selection import best_of
 from rlctl.types import Agent, Batch, Count, Metrics, NonNegative, Positive, Spec, Widths
 
@@ -47,7 +49,8 @@ class PMOEPPOConfig(ActorCriticConfig):
     freq_coef: NonNegative = 1.0
     """Weight of the gate's frequency loss."""
     deterministic: Deterministic = "gate"
-    """The deterministic action: the mean of the component of the largest gate weight, or of the largest Q."""
+    """The deterministic action is the mean of one component: gate takes that of the largest weight, value the one whose
+    mean, as the environment clips it, has the largest Q."""
     clip: Positive = 0.2
     """epsilon: the ratio counts only within [1 - clip, 1 + clip]."""
     epochs: Count = 10
@@ -118,23 +121,25 @@ class PMOEPPO(Agent):
         """policy_loss + vf_coef E[(V - R)^2] + freq_coef frequency_loss of a minibatch, and the parts to log."""
         c, pi = self.cfg, self.pi(m.obs)
         ratio = (pi.log_prob(m.action) - m.logp_old).exp()
-        policy_loss, value_loss = self.policy_loss(ratio, standardized(m.adv)), (self.v(m.obs) - m.ret).square().mean()
+        policy_loss, v_loss = self.policy_loss(ratio, standardized(m.adv)), value_loss(self.v(m.obs), m)
         gate_loss = frequency_loss(pi.weights, self.best_component(pi, m.obs))
-        return policy_loss + c.vf_coef * value_loss + c.freq_coef * gate_loss, {
+        return policy_loss + c.vf_coef * v_loss + c.freq_coef * gate_loss, {
             "losses/policy": policy_loss.detach(),
-            "losses/value": value_loss.detach(),
+            "losses/value": v_loss.detach(),
             "losses/gate": gate_loss.detach(),
         }
 
     @torch.no_grad()
     def utilisation(self, rows: Rows) -> Metrics:
-        """Mean gate weight of each component, how many are used over all and per state, the mean standard deviation."""
-        weights = self.pi(rows.obs).weights
+        """How much each component is used (`gate_use`), the mean standard deviation, and the entropy (nats).
+
+        A mixture's entropy has no closed form. This one is -E[log pi(a|s)] over the actions of the rollout, which the
+        policy drew itself: that of the policy before the update, without a further random number.
+        """
         return {
+            "policy/entropy": -rows.logp_old.mean(),
             "policy/std": self.pi.log_std.exp().mean(),
-            "mixture/effective_components": effective_components(weights),
-            "mixture/components_per_state": components_used(weights),
-            **{f"mixture/weight_{k}": w for k, w in enumerate(weights.mean(0).unbind())},
+            **gate_use(self.pi(rows.obs).weights),
         }
 
     def update(self, batch: Batch) -> Metrics:

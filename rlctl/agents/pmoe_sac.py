@@ -17,40 +17,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlctl.agents.sac import SACConfig
 from rlctl.nets import QEnsemble, TanhMixturePolicy
 from rlctl.nets.distributions import TanhNormalMixture, take
 from rlctl.nets.policy import GateInput
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.mixtures import Deterministic, components_used, effective_components, frequency_loss
+from rlctl.ops.mixtures import Deterministic, frequency_loss, gate_use
 from rlctl.ops.selection import best_of
-from rlctl.train import OffPolicyConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
+from rlctl.types import Agent, Batch, Count, Metrics, Spec
 
 
 @dataclass(frozen=True)
-class PMOESACConfig(OffPolicyConfig):
+class PMOESACConfig(SACConfig):
     """Defaults: those of the official code, warm-up and initial temperature those of our SAC."""
 
     num_components: Count = 4
     """Components of the mixture; 1 is SAC."""
-    hidden: Widths = (256, 256)
-    """Widths of the hidden layers of actor and critics."""
-    gamma: Fraction = 0.99
-    """Discount per environment step."""
-    tau: Fraction = 0.005
-    """q_lagged <- q_lagged + tau (q - q_lagged) after each update."""
-    actor_lr: Positive = 3e-4
-    """Adam's learning rate of the policy, gate included."""
-    critic_lr: Positive = 3e-4
-    """Adam's learning rate of the critics."""
-    alpha_lr: Positive = 3e-4
-    """Adam's learning rate of log alpha."""
-    alpha: Positive = 1.0
-    """Temperature: the initial one, or the fixed one when learn_alpha is off."""
-    learn_alpha: bool = True
-    """Adjust the temperature to hold the entropy at target_entropy."""
-    target_entropy: float | None = None
-    """Nats, of the density of actions in [-1, 1]; None takes -act_dim."""
     improve: Literal["best", "all"] = "best"
     """Components the actor loss improves at each state: the one whose draw has the largest Q, or every one."""
     density: Literal["component", "mixture"] = "component"
@@ -130,15 +112,9 @@ class PMOESAC(Agent):
 
     @torch.no_grad()
     def utilisation(self, pi: TanhNormalMixture, best: Tensor) -> Metrics:
-        """How much each component is used: mean gate weight, share of states where it is best, effective number."""
-        weights = pi.weights
+        """How much each component is used (`gate_use`), and the share of states where it is best."""
         shares = (best.unsqueeze(-1) == torch.arange(pi.num, device=best.device)).float().mean(0)
-        return {
-            "mixture/effective_components": effective_components(weights),
-            "mixture/components_per_state": components_used(weights),
-            **{f"mixture/weight_{k}": w for k, w in enumerate(weights.mean(0).unbind())},
-            **{f"mixture/best_{k}": s for k, s in enumerate(shares.unbind())},
-        }
+        return gate_use(pi.weights) | {f"mixture/best_{k}": s for k, s in enumerate(shares.unbind())}
 
     def update(self, b: Batch) -> Metrics:
         """Critics, actor, temperature, lagged critics; all three losses see the temperature of before this update."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlctl.ops.selection import picked
+from rlctl.ops.selection import picked, reached, uniform_for
 
 LOG_2 = math.log(2.0)
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -223,10 +223,7 @@ class Mixture(Generic[C]):
         """
         if self.num == 1:
             return torch.zeros(self.logits.shape[:-1], dtype=torch.int64, device=self.logits.device)
-        if uniform is None:
-            shape, dtype, device = self.logits.shape[:-1], self.logits.dtype, self.logits.device
-            uniform = torch.rand(shape, generator=generator, dtype=dtype, device=device)
-        return (self.weights.cumsum(-1)[..., :-1] <= uniform.unsqueeze(-1)).sum(-1)
+        return reached(self.weights.cumsum(-1), uniform_for(self.logits, uniform, generator))
 
     def select(self, index: Tensor) -> C:
         """Component `index` [...] of each row, a distribution over [..., A]."""

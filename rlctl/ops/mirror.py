@@ -19,7 +19,7 @@ def mirror_weights(kl_coef: float, alpha: float, form: MirrorForm, tsallis_q: fl
 
     Repeated with a fixed Q, the exact form contracts log pi towards Q / alpha by c / (alpha + c) per step, the
     linearised form by |1 - alpha / c|: it needs c > alpha / 2.
-    Source: Tomar et al. 2022, arXiv:2005.09814; the factor q is the derivative of p log_{2-q} p.
+    Source: Tomar et al. 2020, arXiv:2005.09814; the factor q is the derivative of p log_{2-q} p.
     """
     if form == "exact":
         return alpha + kl_coef, -kl_coef * tsallis_q

@@ -22,6 +22,15 @@ def frequency_loss(weights: Tensor, best: Tensor) -> Tensor:
     return (onehot.to(weights.dtype) - weights).square().mean()
 
 
+def gate_use(weights: Tensor) -> dict[str, Tensor]:
+    """What to log of gate weights [..., K]: how many components are used over all and per state, the mean weights."""
+    return {
+        "mixture/effective_components": effective_components(weights),
+        "mixture/components_per_state": components_used(weights),
+        **{f"mixture/weight_{k}": w for k, w in enumerate(weights.flatten(0, -2).mean(0).unbind())},
+    }
+
+
 def effective_components(weights: Tensor) -> Tensor:
     """exp(entropy of the mean weight over all rows), 0-dim: 1 if one component does everything, K if all do the same.
 

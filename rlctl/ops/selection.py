@@ -27,11 +27,20 @@ def drawn(
 
     `uniform` [...] in [0, 1) decides, or is drawn from `generator`.
     """
-    if uniform is None:
-        like = {"dtype": weights.dtype, "device": weights.device}
-        uniform = torch.rand(weights.shape[:-1], generator=generator, **like)  # type: ignore[call-overload]
     sums = weights.cumsum(-1)
-    return picked(actions, (sums[..., :-1] <= uniform.unsqueeze(-1) * sums[..., -1:]).sum(-1))
+    return picked(actions, reached(sums, uniform_for(weights, uniform, generator) * sums[..., -1]))
+
+
+def uniform_for(weights: Tensor, uniform: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """`uniform` itself if given, else one draw from [0, 1) per row of `weights` [..., N], [...]."""
+    if uniform is not None:
+        return uniform
+    return torch.rand(weights.shape[:-1], generator=generator, dtype=weights.dtype, device=weights.device)
+
+
+def reached(sums: Tensor, height: Tensor) -> Tensor:
+    """Index [...] (int64) of the first of the running sums [..., N] that exceeds `height` [...], at most N - 1."""
+    return (sums[..., :-1] <= height.unsqueeze(-1)).sum(-1)
 
 
 def top(actions: Tensor, values: Tensor, num: int) -> Tensor:

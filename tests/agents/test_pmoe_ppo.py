@@ -14,6 +14,7 @@ from rlctl.agents.actor_critic import Rows, rows_of
 from rlctl.agents.pmoe_ppo import PMOEPPO
 from rlctl.agents.ppo import PPO
 from rlctl.nets import Normal, NormalMixture
+from rlctl.nets.distributions import mc_entropy
 from rlctl.ops import minimize
 
 
@@ -120,6 +121,9 @@ def test_q_learns_the_value_targets_and_no_policy_gradient_reaches_it(double: No
     )
     loss, _ = agent.loss(rows)
     assert all(g is None for g in torch.autograd.grad(loss, list(agent.q.parameters()), allow_unused=True))
+    agent.opt_q.param_groups[0]["lr"] = 1e-2
+    losses = [float(minimize(agent.q_loss(rows), agent.opt_q)) for _ in range(300)]
+    assert losses[-1] < 0.1 * min(losses[0], float(rows.ret.var()))  # of every row its own: no constant does that
 
 
 def test_the_gate_learns_which_component_is_best_from_the_q_of_the_agent() -> None:
@@ -162,11 +166,27 @@ def test_utilisation_is_logged() -> None:
     agent = pmoe(num_components=3)
     nn.init.zeros_(agent.pi.gate.linear.weight)
     agent.pi.gate.linear.bias.data = torch.tensor([0.5, 0.25, 0.25]).log()
-    log = agent.utilisation(rows_for(agent))
+    rows = rows_for(agent)
+    log = agent.utilisation(rows)
     assert [float(log[f"mixture/weight_{k}"]) for k in range(3)] == pytest.approx([0.5, 0.25, 0.25])
     for name in ("effective_components", "components_per_state"):
         assert float(log[f"mixture/{name}"]) == pytest.approx(math.exp(1.0397207708))
+    assert float(log["policy/entropy"]) == pytest.approx(-float(rows.logp_old.mean()))
     assert set(log) <= set(agent.update(batch_for(agent)))
+
+
+def test_the_logged_entropy_is_that_of_the_mixture(double: None) -> None:
+    """Over actions that the policy drew: within four standard errors of the stratified estimate."""
+    agent = pmoe(num_components=3)
+    agent.pi.mean[-1].bias.data = torch.linspace(-2, 2, 6)
+    obs = torch.zeros(20_000, 3)
+    with torch.no_grad():
+        pi = agent.pi(obs)
+        action = pi.sample(generator=torch.Generator().manual_seed(0))
+        zero, logp = torch.zeros(len(obs)), pi.log_prob(action)
+        exact = float(mc_entropy(pi, 4, generator=torch.Generator().manual_seed(1)).mean())
+    logged = float(agent.utilisation(Rows(obs, action, logp, zero, zero, zero))["policy/entropy"])
+    assert abs(logged - exact) < 4 * float(logp.std()) * (1.25 / len(obs)) ** 0.5
 
 
 def test_every_component_moves(double: None) -> None:
