@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rlctl import parallel
+from rlctl.nets.distributions import k3
 from rlctl.nets.mlp import Activation
 from rlctl.ops import gae, minibatches, minimize
 from rlctl.train import OnPolicyConfig
 from rlctl.types import Batch, Fraction, Metrics, Widths
+
+LOG_RATIOS = (-1e4, 20.0)
+"""Bounds of log r in what `step_taken` reports: exp overflows from 88 on, and a metric that is infinite ends a run as
+diverged, although a method whose loss bounds the ratio by itself (SPO) can go on from there."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,12 @@ def step_taken(pi: Callable[[Tensor], Any], rows: Rows, band: float = 0.2) -> Me
     """How far the policy `pi` has moved from the one that collected `rows`.
 
     approx_kl estimates KL(old || new) by E[r - 1 - log r] (nats), clip_fraction is the share of samples whose ratio r
-    has left [1 - band, 1 + band], ratio_deviation is E|r - 1|.
+    has left [1 - band, 1 + band], ratio_deviation is E|r - 1|. All three stay finite: log r counts within LOG_RATIOS.
     """
-    log_ratio = pi(rows.obs).log_prob(rows.action) - rows.logp_old
-    ratio = log_ratio.exp()
-    off = (ratio - 1).abs()
+    log_ratio = (pi(rows.obs).log_prob(rows.action) - rows.logp_old).clamp(*LOG_RATIOS)
+    off = (log_ratio.exp() - 1).abs()
     return {
-        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/approx_kl": k3(log_ratio).mean(),
         "policy/clip_fraction": (off > band).float().mean(),
         "policy/ratio_deviation": off.mean(),
     }

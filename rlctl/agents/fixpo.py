@@ -3,9 +3,11 @@
 Source: Zentner et al. 2023, arXiv:2312.05405 (loss: L_pi + beta KL; multiplier: L_beta = beta (eps - C max KL);
 algorithm 1).
 Differs: the multiplier has a floor (at 0 it could not repair anything) and the repair a cap on its sweeps; an update
-that reaches the cap gives up what it could not repair and falls back to the last policy inside the bound. The value
-loss is not clipped; a truncation bootstraps from the value of the true successor. How often the repair sweeps depends
-on what it finds, so an update reads numbers on the host and cannot be captured.
+that reaches the cap gives up what it could not repair and falls back to the policy of the last epoch that ended inside
+the bound. Rewards are divided by the running spread of the discounted return, which scales advantages too; the released
+code's return normalisation scales the targets of the value network alone. The value loss is not clipped; a truncation
+bootstraps from the value of the true successor. How often the repair sweeps depends on what it finds, so an update
+reads numbers on the host and cannot be captured.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from rlctl.agents.actor_critic import (
     rows_of,
     standardized,
     step_taken,
+    value_loss,
 )
 from rlctl.nets import GaussianPolicy, Normal, ObsNorm, RewardScale, ValueNet
 from rlctl.ops import adam, apply_gradients, gradients, mean_of, minimize
@@ -82,7 +85,7 @@ class FixPO(Agent):
         super().__init__(spec, cfg)
         c = self.cfg
         size = spec.num_envs * c.horizon
-        check_minibatches(size, c.minibatch_size, standardize=False)
+        check_minibatches(size, c.minibatch_size, standardize=c.normalize_advantage)
         self.obs_norm = ObsNorm(spec.obs_dim, enabled=c.normalize_obs)
         self.reward_scale = RewardScale(spec.num_envs, c.gamma, enabled=c.normalize_reward)
         self.pi = GaussianPolicy(spec.obs_dim, spec.act_dim, c.hidden, c.activation, log_std=c.log_std)
@@ -111,11 +114,11 @@ class FixPO(Agent):
         adv = standardized(m.adv) if c.normalize_advantage else m.adv
         ratio = (pi.log_prob(m.action) - m.logp_old).exp()
         kl = old.kl(pi)
-        policy_loss, value_loss = -(ratio * adv).mean(), (self.v(m.obs) - m.ret).square().mean()
-        loss = policy_loss + self.beta.detach() * kl.mean() + c.vf_coef * value_loss
+        policy_loss, v_loss = -(ratio * adv).mean(), value_loss(self.v(m.obs), m)
+        loss = policy_loss + self.beta.detach() * kl.mean() + c.vf_coef * v_loss
         if c.ent_coef:
             loss = loss - c.ent_coef * pi.entropy().mean()
-        return loss, kl.detach(), {"losses/policy": policy_loss.detach(), "losses/value": value_loss.detach()}
+        return loss, kl.detach(), {"losses/policy": policy_loss.detach(), "losses/value": v_loss.detach()}
 
     def beta_loss(self, kl: Tensor) -> Tensor:
         """beta (eps - C max KL): beta grows while the largest divergence exceeds eps / C."""
@@ -161,7 +164,12 @@ class FixPO(Agent):
             return bool(self.worst(rows, old) <= c.max_kl), steps
 
     def update(self, batch: Batch) -> Metrics:
-        """`epochs` times both phases on a rollout `[T, N]`, then the normalisers move."""
+        """`epochs` times both phases on a rollout `[T, N]`, then the normalisers move.
+
+        Where the repair reaches its cap, the policy goes back to what it was after the last epoch that ended inside the
+        bound (before the update, if none did) and the epochs left are skipped. The policy alone: value network,
+        multiplier and Adam's moments stay where they are.
+        """
         c = self.cfg
         if c.anneal_lr:
             self.opt.param_groups[0]["lr"] = c.lr * max(1.0 - self.counters["updates"] / self.total_updates, 0.0)

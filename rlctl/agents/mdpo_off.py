@@ -1,6 +1,6 @@
 """Mirror descent policy optimisation, off-policy: soft actor-critic held near a policy of up to m steps ago.
 
-Source: Tomar et al. 2022, arXiv:2005.09814 (the off-policy algorithm and its Tsallis variant); released code
+Source: Tomar et al. 2020, arXiv:2005.09814 (the off-policy algorithm and its Tsallis variant); released code
 github.com/manantomar/Mirror-Descent-Policy-Optimization.
 Differs: the entropy in the actor's objective is kept as it is (`form=exact`), where the paper's code replaces it by its
 tangent at the old policy (`form=linearised`), which is unstable for kl_coef <= alpha / 2. Critics are those of our SAC

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from agent_helpers import batch_for, snapshot, tiny
-from torch import Tensor
+from agent_helpers import OBS_DIM, batch_for, recorded_inputs, snapshot, tiny
+from torch import Tensor, nn
 
-from rlctl.agents.actor_critic import Rows, fit_value, rows_of, value_loss
+from rlctl.agents.actor_critic import Rows, fit_value, rows_of, step_taken, value_loss
 from rlctl.agents.fixpo import FixPO
 from rlctl.agents.mdpo import MDPO
 from rlctl.agents.ppo import PPO
 from rlctl.agents.spo import SPO
 from rlctl.agents.trpo import TRPO
-from rlctl.nets import Normal
+from rlctl.nets import GaussianPolicy, Normal
+from rlctl.nets.distributions import k3
 from rlctl.ops import adam
 from rlctl.ops.trust_region import flat
 
@@ -30,6 +32,17 @@ def rows_for(agent: Any, seed: int = 0) -> tuple[Rows, Tensor]:
     std, mean = torch.std_mean(rows.adv)
     adv = (rows.adv - mean) / (std + 1e-8)
     return rows._replace(adv=adv), adv
+
+
+class OneGaussian(nn.Module):
+    """The same Gaussian in every state."""
+
+    def __init__(self, mean: float, log_std: float) -> None:
+        super().__init__()
+        self.mean, self.log_std = nn.Parameter(torch.tensor([mean])), nn.Parameter(torch.tensor([log_std]))
+
+    def forward(self, obs: Tensor) -> Normal:
+        return Normal(self.mean.expand(len(obs), 1), self.log_std)
 
 
 def first_losses(rows: Rows, adv: Tensor, pi: Any) -> dict[str, Tensor]:
@@ -70,28 +83,29 @@ def test_the_first_gradient_is_the_policy_gradient(double: None) -> None:
 
 def test_the_first_gradient_by_hand(double: None) -> None:
     """d loss / d (mean, log std) of one Gaussian and three samples."""
-    mean, log_std = torch.tensor([0.1], requires_grad=True), torch.tensor([-0.2], requires_grad=True)
     action, adv = torch.tensor([[0.5], [-1.0], [0.3]]), torch.tensor([1.0, -0.5, 2.0])
-
-    class Policy:
-        def __call__(self, obs: Tensor) -> Normal:
-            return Normal(mean.expand(len(obs), 1), log_std)
-
-    pi, zero = Policy(), torch.zeros(3)
-    rows = Rows(zero[:, None], action, pi(zero).log_prob(action).detach(), zero, adv, zero)
-    old = pi(zero).detach()
-    ratio = (pi(zero).log_prob(action) - rows.logp_old).exp()
-    losses = {
-        "ppo": tiny("ppo").policy_loss(ratio, adv),  # type: ignore[operator]
-        "spo": tiny("spo").policy_loss(ratio, adv),  # type: ignore[operator]
-        "pg": -(ratio * adv).mean(),
-        "mdpo": -(ratio * adv).mean() + pi(zero).kl(old).mean() / 0.1,
-        "fixpo": -(ratio * adv).mean() + 3.0 * old.kl(pi(zero)).mean(),
-        "k3": -(ratio * adv).mean() + (ratio - 1 - ratio.log()).mean(),
-    }
+    pi, obs, zero = OneGaussian(0.1, -0.2), torch.zeros(3, OBS_DIM), torch.zeros(3)
+    rows = Rows(obs, action, pi(obs).log_prob(action).detach(), zero, adv, zero)
+    losses = first_losses(rows, adv, pi)
+    ratio = (pi(obs).log_prob(action) - rows.logp_old).exp()
+    losses["k3 penalty"] = losses["policy gradient"] + k3(ratio.log()).mean()
+    assert len(losses) == 7
     for name, loss in losses.items():
-        got = flat(torch.autograd.grad(loss, [mean, log_std], retain_graph=True)).tolist()
+        got = flat(torch.autograd.grad(loss, [pi.mean, pi.log_std], retain_graph=True)).tolist()
         assert got == pytest.approx([-0.6713211139, 1.0148386715], abs=1e-9), name
+
+
+def test_a_penalty_by_minus_log_ratio_would_change_the_first_gradient(double: None) -> None:
+    """Of the estimators of KL(old || new) at new = old, k3 has no gradient, k1 = -log r minus the mean score.
+
+    With z = (a - mean) / s: -(mean z / s, mean z^2 - 1), which is (0.5 / 3 / s^2, 1 - 0.47 / s^2) here, s^2 = e^-0.4.
+    """
+    action = torch.tensor([[0.5], [-1.0], [0.3]])
+    pi, obs = OneGaussian(0.1, -0.2), torch.zeros(3, OBS_DIM)
+    log_ratio = pi(obs).log_prob(action) - pi(obs).log_prob(action).detach()
+    of_k1 = flat(torch.autograd.grad(-log_ratio.mean(), [pi.mean, pi.log_std], retain_graph=True)).tolist()
+    assert of_k1 == pytest.approx([0.2486374496, 0.2988423921], abs=1e-9)
+    assert flat(torch.autograd.grad(k3(log_ratio).mean(), [pi.mean, pi.log_std])).tolist() == [0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------------- value fit
@@ -107,16 +121,36 @@ def test_value_loss_with_and_without_the_clip(double: None) -> None:
     assert float(value_loss(v, m).detach()) == pytest.approx((1.5**2 + 0.9**2 + 0.5**2 + 0.5**2) / 4, abs=1e-12)
 
 
-def test_fit_value_learns_the_targets_and_nothing_else(double: None) -> None:
+def test_fit_value_learns_the_targets_and_sees_every_row_once_per_epoch(double: None) -> None:
     agent = tiny("trpo", **Plain)
     rows, _ = rows_for(agent)
-    before = snapshot(agent.pi)  # type: ignore[arg-type]
     opt = adam(agent.v.parameters(), 1e-2)  # type: ignore[union-attr]
     g = torch.Generator().manual_seed(0)
     first = fit_value(agent.v, opt, rows, 1, 16, g)  # type: ignore[arg-type]
     last = [fit_value(agent.v, opt, rows, 1, 16, g) for _ in range(200)][-1]  # type: ignore[arg-type]
     assert float(last) < 0.5 * float(first)
-    assert all(torch.equal(v, before[k]) for k, v in agent.pi.state_dict().items())  # type: ignore[union-attr]
+    seen = recorded_inputs(agent.v)  # type: ignore[arg-type]
+    fit_value(agent.v, opt, rows, 3, 16, g)  # type: ignore[arg-type]
+    passes = torch.cat([obs for (obs,) in seen]).reshape(3, *rows.obs.shape)
+    wanted = sorted(rows.obs.tolist())
+    assert [sorted(p.tolist()) for p in passes] == [wanted] * 3
+    assert not torch.equal(passes[0], passes[1])  # in another order
+
+
+# ----------------------------------------------------------------------------------------------------- what is logged
+def test_an_extreme_step_is_reported_and_stays_finite() -> None:
+    """exp of these log ratios overflows, or is of a density of 0: neither may end a run as diverged."""
+    agent = tiny("spo", **Plain)
+    rows, _ = rows_for(agent)
+    for shift in (-1e4, 1e4, torch.inf):
+        log = step_taken(agent.pi, rows._replace(logp_old=rows.logp_old + shift))  # type: ignore[arg-type]
+        assert all(bool(x.isfinite()) for x in log.values())
+        assert float(log["policy/clip_fraction"]) == 1
+        assert float(log["policy/approx_kl"]) > 1000
+    log_ratio = torch.tensor([0.3, -0.1, 0.0]).repeat(len(rows.adv))[: len(rows.adv)]
+    log = step_taken(agent.pi, rows._replace(logp_old=rows.logp_old - log_ratio))  # type: ignore[arg-type]
+    assert float(log["policy/approx_kl"]) == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()), rel=1e-4)
+    assert float(log["policy/ratio_deviation"]) == pytest.approx(float((log_ratio.exp() - 1).abs().mean()), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ TRPO
@@ -143,6 +177,42 @@ def test_an_accepted_step_is_inside_and_better(double: None, kl: str, delta: flo
             assert 0 < float(measured.detach()) <= delta
             assert float(agent.surrogate(agent.pi(rows.obs), rows, adv).detach()) > surrogate
     assert accepted >= 6
+
+
+@pytest.mark.parametrize(("kl", "scale", "reached"), [("new_old", 1.0, 0.0099402639), ("old_new", 0.8, None)])
+def test_the_direction_decides_whether_the_line_search_shrinks(
+    double: None, kl: str, scale: float, reached: float | None
+) -> None:
+    """From N(.3, .7) along the gradient (.4, -.2) the full step has KL(new || old) 0.0099402639, inside delta = 0.01,
+    but KL(old || new) 0.0108142784. Two samples z_1, z_2 (in standard deviations) of advantage +-1 have a gradient
+    along (1, s (z_1 + z_2)), so z_1 + z_2 = -.5 / s gives this one.
+    """
+    agent = trpo(kl=kl, delta=0.01, damping=0.0)
+    agent.pi = GaussianPolicy(1, 1, (), log_std=math.log(0.7))
+    nn.init.constant_(agent.pi.mean[-1].bias, 0.3)
+    obs, zero, z = (
+        torch.zeros(2, 1),
+        torch.zeros(2),
+        torch.tensor([[0.4], [-0.4 - 0.5 / 0.7]]),
+    )  # obs 0: a constant mean
+    action, old = 0.3 + 0.7 * z, Normal(torch.tensor([[0.3]]), torch.tensor([0.7]).log())
+    rows = Rows(obs, action, agent.pi(obs).log_prob(action).detach(), zero, torch.tensor([1.0, -1.0]), zero)
+    adv = torch.tensor([1.0, -1.0])
+    slope = flat(
+        torch.autograd.grad(agent.surrogate(agent.pi(obs), rows, adv), [agent.pi.mean[-1].bias, agent.pi.log_std])
+    )
+    assert float(slope[0] / slope[1]) == pytest.approx(-2.0, abs=1e-9)
+    assert float(slope[0]) > 0
+    metrics = agent.policy_step(rows)
+    assert float(metrics["policy/step_scale"]) == pytest.approx(scale, abs=1e-12)
+    new = agent.pi(obs[:1]).detach()
+    if reached is not None:
+        assert float(metrics["policy/kl"]) == pytest.approx(reached, abs=1e-10)
+        assert float(new.kl(old)) == pytest.approx(reached, abs=1e-10)
+        assert float(old.kl(new)) == pytest.approx(0.0108142784, abs=1e-10)
+    else:
+        assert float(metrics["policy/kl"]) == pytest.approx(float(old.kl(new)), abs=1e-12)
+        assert float(old.kl(new)) <= 0.01
 
 
 def test_a_step_that_fails_leaves_the_policy_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,12 +410,20 @@ def test_an_update_that_cannot_repair_falls_back(double: None) -> None:
 
 
 def test_nothing_to_repair_at_learning_rate_zero(double: None) -> None:
-    agent = fixpo(max_kl=1e-6)
-    agent.opt.param_groups[0]["lr"] = 0.0
-    agent.total_updates = 0  # annealed to nothing
-    agent.cfg = agent.cfg.__class__(**(vars(agent.cfg) | {"anneal_lr": False}))
-    metrics = agent.update(batch_for(agent))
-    assert float(metrics["policy/fixup_steps"]) == 0
+    repairs = {}
+    for lr in (0.0, 1e-2):
+        agent = fixpo(max_kl=1e-3, anneal_lr=False)
+        agent.opt.param_groups[0]["lr"] = lr  # a config allows no 0
+        before = snapshot(agent.pi)
+        repairs[lr] = float(agent.update(batch_for(agent))["policy/fixup_steps"])
+        assert all(torch.equal(v, before[k]) for k, v in agent.pi.state_dict().items()) == (lr == 0)
+    assert repairs[0.0] == 0 < repairs[1e-2]
+
+
+def test_minibatches_of_one_cannot_be_standardised() -> None:
+    with pytest.raises(ValueError, match="minibatch_size=1 has no spread to normalise advantages by"):
+        fixpo(minibatch_size=1, normalize_advantage=True)
+    assert fixpo(minibatch_size=1, normalize_advantage=False).cfg.minibatch_size == 1
 
 
 def test_the_penalty_has_no_gradient_at_the_old_policy(double: None) -> None:

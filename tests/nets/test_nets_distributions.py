@@ -128,6 +128,14 @@ def test_squashed_hand_numbers(u: float, expected: float) -> None:
     assert float(action) == pytest.approx(math.tanh(u), abs=1e-15)
 
 
+def test_the_usual_floor_of_the_jacobian_is_off_by_more_than_a_nat() -> None:
+    """log(1 - tanh(u)^2 + 1e-6) at u = 8: what the exact form is there to avoid."""
+    u = t(8.0)
+    floored = Normal(t(0.0), t(0.0)).log_prob(u) - (1 - u.tanh().square() + 1e-6).log()
+    assert float(floored) == pytest.approx(-19.4750884909, abs=1e-9)
+    assert float(TanhNormal(t(0.0), t(0.0)).log_prob_pre_tanh(u) - floored) > 1.16
+
+
 def test_squashed_hand_numbers_add_up_over_dimensions() -> None:
     pi = TanhNormal(torch.zeros(2, 2), torch.zeros(2))
     u = torch.tensor([[0.5, -1.5], [3.0, 8.0]])
@@ -170,6 +178,20 @@ def test_squashed_entropy(mean: float, std: float, entropy: float) -> None:
     weight = (-0.5 * z[:, 0].square()).exp() / math.sqrt(2 * math.pi)
     integral = -torch.trapezoid(weight * grid.sample_log_prob(noise=z)[1], z[:, 0])
     assert float(integral) == pytest.approx(entropy, abs=1e-6)
+
+
+def test_no_squashed_entropy_exceeds_log_two_per_dimension() -> None:
+    """That of the uniform density on (-1, 1), which standard deviations near 0.87 come closest to."""
+    z = torch.linspace(-12, 12, 8001)[:, None, None]
+    mean, std = torch.meshgrid(torch.linspace(-1, 1, 5), torch.linspace(0.05, 3, 60), indexing="ij")
+    pi = TanhNormal(mean.reshape(-1, 1), std.reshape(-1, 1).log())
+    logp = pi.spread(len(z)).sample_log_prob(noise=z.expand(-1, 300, 1))[1]
+    weight = (-0.5 * z[:, 0].square()).exp() / math.sqrt(2 * math.pi)
+    entropy = -torch.trapezoid(weight * logp, z[:, 0], dim=0)
+    assert 0.67 < float(entropy.max()) < math.log(2)
+    each = TanhNormal(torch.zeros(1, 3), torch.full((1, 3), math.log(0.87)))  # and per dimension, their sum
+    draws = each.spread(4000).sample_log_prob(generator=generator())[1]
+    assert 3 * 0.66 < -float(draws.mean()) < 3 * math.log(2)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5), (-0.4, 0.2)])

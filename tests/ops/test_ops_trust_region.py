@@ -84,27 +84,47 @@ def test_a_linear_mean(double: None, damping: float, step: float, kl: float) -> 
     assert float(Normal(states * found, log_std).kl(old).mean()) == pytest.approx(kl, abs=1e-10)
 
 
-def test_fisher_vector_product_is_the_dense_hessian(double: None) -> None:
+@pytest.mark.parametrize("new_first", [True, False])
+def test_fisher_vector_product_is_the_dense_hessian(double: None, new_first: bool) -> None:
+    """Five parameters, a hidden unit among them: H by double differentiation of the whole vector, and by hand.
+
+    With J = d mean / d weights, F = E[J J^T] / s^2 for the weights and 2 for the log-std.
+    """
     torch.manual_seed(0)
-    pi, obs = GaussianPolicy(1, 1, (), orthogonal=None), torch.randn(7, 1)
-    params = list(pi.parameters())
+    pi, obs = GaussianPolicy(1, 1, (1,), log_std=-0.4, orthogonal=1.0), torch.randn(7, 1)
+    named = dict(pi.named_parameters())
+    params = list(named.values())
+    for p in params[1:]:
+        torch.nn.init.normal_(p)  # biases start at 0, where entries would coincide
     old = pi(obs).detach()
+    assert flat(params).numel() == 5
 
     def kl(vector: Tensor) -> Tensor:
-        weight, bias, log_std = (vector[i : i + 1] for i in range(3))
-        order = {"mean.out.weight": weight, "mean.out.bias": bias, "log_std": log_std}
-        pieces = [order[name] for name, _ in pi.named_parameters()]
-        named = {n: x.view_as(p) for (n, p), x in zip(pi.named_parameters(), pieces, strict=True)}
-        return torch.func.functional_call(pi, named, (obs,)).kl(old).mean()
+        pieces = torch.split(vector, [p.numel() for p in params])
+        new = torch.func.functional_call(
+            pi, {n: x.view_as(p) for (n, p), x in zip(named.items(), pieces, strict=True)}, (obs,)
+        )
+        return (new.kl(old) if new_first else old.kl(new)).mean()
 
-    values = dict(pi.named_parameters())
-    point = torch.stack([values[n].reshape(()) for n in ("mean.out.weight", "mean.out.bias", "log_std")]).detach()
-    dense = torch.autograd.functional.hessian(kl, point)
-    names = [n for n, _ in pi.named_parameters()]
-    order = [("mean.out.weight", "mean.out.bias", "log_std").index(n) for n in names]
-    dense = dense[order][:, order]
-    product = fisher_vector_product(pi(obs).kl(old).mean(), params, 0.0)
-    for v in torch.eye(3):
+    dense = torch.autograd.functional.hessian(kl, flat(params).detach())
+    with torch.no_grad():
+        hidden = (obs * named["mean.hidden0.weight"] + named["mean.hidden0.bias"]).tanh()
+        slope = named["mean.out.weight"] * (1 - hidden.square())
+        columns = {
+            "mean.hidden0.weight": slope * obs,
+            "mean.hidden0.bias": slope,
+            "mean.out.weight": hidden,
+            "mean.out.bias": torch.ones_like(obs),
+            "log_std": torch.zeros_like(obs),
+        }
+        jacobian = torch.cat([columns[name] for name in named], 1)
+        by_hand = jacobian.T @ jacobian / 7 / (2 * named["log_std"]).exp()
+        at = list(named).index("log_std")
+        by_hand[at, at] = 2.0
+    torch.testing.assert_close(dense, by_hand, rtol=1e-9, atol=1e-12)
+    new = pi(obs)
+    product = fisher_vector_product((new.kl(old) if new_first else old.kl(new)).mean(), params, 0.0)
+    for v in (*torch.eye(5), torch.randn(5)):
         torch.testing.assert_close(product(v), dense @ v, rtol=1e-9, atol=1e-12)
 
 
