@@ -9,7 +9,9 @@ import typer
 
 def config(
     algo: Annotated[str, typer.Argument(help="A name of `rlctl algos`, or package.module:Class.", metavar="ALGO")],
-    env: Annotated[str | None, typer.Option(help="Show the values this task's shipped config gives.")] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Show the values of the packaged config for this task, if there is one.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show every setting of an algorithm: its value and its meaning."""
@@ -41,13 +43,19 @@ def config(
             for f in fields(config_cls)
         ]
     if json_:
-        print_json({"algo": algo, "env": env, "settings": rows})
+        print_json({"algo": algo, "env": env, "packaged": bool(tuned), "settings": rows})
         return
     shown = [[r["key"], _short(r["value"]) + (" *" if r["value"] != r["default"] else ""), r["meaning"]] for r in rows]
     print_table(["SETTING", "VALUE", "MEANING"], shown)
     print("\nChange one: rlctl train --algo", algo, "... --set KEY=VALUE")
     if any(r["value"] != r["default"] for r in rows):
-        print(f"* differs from the default: tuned for {env}")
+        print(f"* differs from the default: set by the packaged config for {env}")
+    elif tuned:
+        print(f"The packaged config for {env} takes the defaults.")
+    elif env:
+        print(
+            f"There is no packaged config of {algo} for {env}: these are the defaults, which `rlctl train` takes too."
+        )
 
 
 def _short(value: object) -> str:

@@ -18,6 +18,7 @@ from cli_helpers import PPO, QUICK, SAC, Cli
 from safetensors.torch import load_file
 
 from rlctl import checkpoint, experiment
+from rlctl.config import as_plain
 from rlctl.evaluate import evaluate
 from rlctl_envs import make
 
@@ -25,6 +26,7 @@ VERBS = ["train", "resume", "eval", "report", "compare", "plot", "tune", "export
 VERBS += ["algos", "envs", "config", "doctor"]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 """All but tab and newline: a progress bar's carriage returns and escapes."""
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def weights(folder: Path) -> bytes:
@@ -87,6 +89,28 @@ def test_every_setting_has_a_meaning(cli: Cli) -> None:
         rows = cli("config", algo, "--json").json["settings"]
         assert [r["key"] for r in rows if not r["meaning"]] == []
         assert "run.keep" in {r["key"] for r in rows}
+
+
+def test_config_says_whether_a_task_has_a_packaged_one(cli: Cli) -> None:
+    assert (
+        "* differs from the default: set by the packaged config for Hopper"
+        in cli("config", "ppo", "--env", "Hopper").out
+    )
+    assert "The packaged config for Hopper takes the defaults." in cli("config", "mdpo-off", "--env", "Hopper").out
+    none = cli("config", "sac", "--env", "Hopper")
+    assert none.code == 0
+    assert "There is no packaged config of sac for Hopper: these are the defaults" in none.out
+    assert "packaged" not in cli("config", "sac").out
+    tuned = {a: cli("config", a, "--env", "Hopper", "--json").json["packaged"] for a in ("ppo", "mdpo-off", "sac")}
+    assert tuned == {"ppo": True, "mdpo-off": True, "sac": False}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}-{f.stem}")
+def test_every_packaged_config_is_valid(file: Path) -> None:
+    settings = experiment.resolve(file.parent.name, [{"env": file.stem.replace("dmc-", "dmc:")}])
+    values = experiment.load_yaml(file)
+    assert values["agent"]
+    assert {k: as_plain(settings.agent)[k] for k in values["agent"]} == values["agent"]
 
 
 # ------------------------------------------------------------------------------------------------------------ output
