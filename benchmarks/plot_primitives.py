@@ -2,11 +2,13 @@
 
     python benchmarks/plot_primitives.py RUN_DIR --out primitives.png      # any run whose policy is a Gaussian mixture
 
-Upper left: the gate's probabilities along one deterministic episode. Upper right: the states of several episodes on
+Upper left: the gate's probabilities along one deterministic episode (which, under `deterministic=value`, the gate does
+not steer). Upper right: the states of several episodes on
 their first two principal components, coloured by the component with the largest weight, stronger colour for a surer
 gate. Below, one panel per action dimension: how often the mean action of each component takes each value in [-1, 1],
-pale over all those states, strong over those where the gate prefers the component. Heights are square roots of counts,
-so that what a policy does before it settles stays visible.
+pale over all those states, strong over those where the gate prefers the component. Means are clipped to [-1, 1], as the
+environment clips them: an edge that stands high is a component that pushes against its bound. Heights are square roots
+of counts, so that what a policy does before it settles stays visible.
 """
 
 from __future__ import annotations
@@ -39,18 +41,22 @@ class Primitives(NamedTuple):
     weights: np.ndarray
     """[S, K] gate probabilities."""
     means: np.ndarray
-    """[S, K, A] the deterministic action of each component."""
+    """[S, K, A] the deterministic action of each component, in [-1, 1]."""
 
 
 @torch.no_grad()
 def primitives(agent: Agent, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate probabilities [N, K] and component means [N, K, A] of the agent's policy at raw observations [N, O]."""
+    """Gate probabilities [N, K] and component means [N, K, A] of the agent's policy at raw observations [N, O].
+
+    An agent that normalises observations (`obs_norm`) shows its policy the normalised ones; means that no tanh bounds
+    are clipped to [-1, 1], as the environment clips actions.
+    """
     pi = getattr(agent, "pi", None)
     if "components" not in getattr(pi, "can", ()):
         raise UsageError(f"the policy of {type(agent).__name__} is no mixture: only those have components to draw")
-    normalize = getattr(agent, "normalize", lambda x: x)
-    dist = agent.pi(normalize(obs))  # type: ignore[operator]
-    return dist.weights, dist.components.mode
+    seen = agent.obs_norm(obs) if hasattr(agent, "obs_norm") else obs  # type: ignore[operator]
+    dist = agent.pi(seen)  # type: ignore[operator]
+    return dist.weights, dist.components.mode.clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -83,7 +89,7 @@ def principal_plane(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def density(values: np.ndarray) -> np.ndarray:
-    """Square roots of the counts of `values` in the bins of `EDGES`, smoothed over three of them."""
+    """Square roots of the counts of `values` in the bins of `EDGES`, smoothed over three of them; zeros for none."""
     return np.sqrt(np.convolve(np.histogram(values, EDGES)[0], [0.25, 0.5, 0.25], "same"))
 
 
@@ -135,7 +141,7 @@ def draw(p: Primitives, title: str, out: Path) -> None:
             continue
         for k in range(num):
             everywhere, preferred = (density(p.means[rows, k, a]) for rows in (winner >= 0, winner == k))
-            peak = everywhere.max()
+            peak = everywhere.max() or 1.0  # of no states at all
             ax.fill_between(CENTRES, k, k + 0.8 * everywhere / peak, color=colors[k], alpha=0.25, lw=0)
             ax.fill_between(CENTRES, k, k + 0.8 * preferred / peak, color=colors[k], alpha=0.85, lw=0)
         ax.set(xlim=(-1, 1), ylim=(-0.1, num), yticks=range(num))
