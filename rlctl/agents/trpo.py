@@ -4,10 +4,10 @@ Source: Schulman et al. 2015, arXiv:1502.05477 (constrained problem: eq. 14; con
 appendix C), advantages of arXiv:1506.02438.
 Differs: the divergence is KL(new || old) by default, as in the packages whose results we compare with; the paper's
 KL(old || new) is `kl="old_new"` (the same Fisher matrix, another acceptance test). It is summed over action dimensions,
-as in the paper; sb3-contrib averages over them, so its 0.01 nats and damping are A times ours. Advantages are standardised over the
-rollout, observations and rewards normalised, and the Fisher matrix is damped, as in those packages. A truncation
-bootstraps from the value of the true successor. Every backtracking candidate is evaluated (see
-`rlctl.ops.trust_region.backtrack`).
+as in the paper; sb3-contrib averages over them: its 0.01 nats and its damping are `act_dim` times as much here.
+Advantages are standardised over the rollout, observations and rewards normalised, and the Fisher matrix is damped, as
+in those packages. A truncation bootstraps from the value of the true successor. Every backtracking candidate is
+evaluated (see `rlctl.ops.trust_region.backtrack`).
 """
 
 from __future__ import annotations
