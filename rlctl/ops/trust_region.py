@@ -67,11 +67,11 @@ def fisher_vector_product(kl: Tensor, params: Sequence[Tensor], damping: float) 
 
 
 def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, delta: float, iterations: int) -> Tensor:
-    """The step [P] along F^-1 `gradient` at which x^T F x / 2 is `delta` nats, F being what `product` multiplies by.
+    """The step s [P] along F^-1 `gradient` with s^T F s / 2 = `delta` nats, F being what `product` multiplies by.
 
-    sqrt(2 delta / x^T F x) x with F x = g by conjugate gradient. Without damping in F, delta is the quadratic model of
-    the KL divergence; with it the divergence ends below. Zero where that is not finite or x^T F x is not positive: an
-    update that cannot be trusted is left out.
+    sqrt(2 delta / x^T F x) x with F x = g by conjugate gradient. s^T F s / 2 is the quadratic model of the KL divergence
+    where F is undamped; with damping the divergence ends below delta. Zero where that is not finite or x^T F x is not
+    positive: an update that cannot be trusted is left out.
     """
     x = conjugate_gradient(product, gradient, iterations)
     curvature = x @ product(x)
