@@ -69,7 +69,7 @@ def fisher_vector_product(kl: Tensor, params: Sequence[Tensor], damping: float) 
 def natural_step(product: Callable[[Tensor], Tensor], gradient: Tensor, delta: float, iterations: int) -> Tensor:
     """The step s [P] along F^-1 `gradient` with s^T F s / 2 = `delta` nats, F being what `product` multiplies by.
 
-    sqrt(2 delta / x^T F x) x with F x = g by conjugate gradient. s^T F s / 2 is the quadratic model of the KL divergence
+    sqrt(2 delta / x^T F x) x with F x = g by conjugate gradient. s^T F s / 2 models the KL divergence to second order
     where F is undamped; with damping the divergence ends below delta. Zero where that is not finite or x^T F x is not
     positive: an update that cannot be trusted is left out.
     """
