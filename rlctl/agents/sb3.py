@@ -338,9 +338,13 @@ class SB3Agent(Agent):
         return [p for name, p in self.policy.named_parameters() if "_target." in name]
 
 
+CLIP_OBS, EPSILON = 10.0, 1e-8
+"""VecNormalize's defaults."""
+
+
 def normalized(obs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """What VecNormalize makes of observations [N, O]: float32, clipped at 10 standard deviations."""
-    return ((obs.double() - mean) / (var + 1e-8).sqrt()).clamp(-10, 10).float()
+    return ((obs.double() - mean) / (var + EPSILON).sqrt()).clamp(-CLIP_OBS, CLIP_OBS).float()
 
 
 def wrap(model: Any, normalizer: Any = None) -> Agent:
@@ -349,12 +353,20 @@ def wrap(model: Any, normalizer: Any = None) -> Agent:
         agent = wrap(PPO.load("best_model.zip"))
         rlctl.evaluate(agent, rlctl.make_env("Hopper", 10), 10)
 
-    Its actions must lie in [-1, 1], as those of our tasks do; ValueError otherwise. (Loading SB3's own files unpickles
-    them, so that is left to you and SB3.)
+    Its actions must lie in [-1, 1], as those of our tasks do, and a VecNormalize must have SB3's own `clip_obs` and
+    `epsilon`; ValueError otherwise. One with `norm_obs=False` leaves observations alone, and so does the agent.
+    (Loading SB3's own files unpickles them, so that is left to you and SB3.)
     """
     space = model.action_space
     if not (hasattr(space, "low") and (space.low == -1).all() and (space.high == 1).all()):
         raise ValueError(f"the model acts in {space}, our tasks take actions of [-1, 1]: train it on SB3VecEnv")
+    if normalizer is not None and not normalizer.norm_obs:
+        normalizer = None
+    if normalizer is not None and (normalizer.clip_obs, normalizer.epsilon) != (CLIP_OBS, EPSILON):
+        raise ValueError(
+            f"the VecNormalize has clip_obs={normalizer.clip_obs:g}, epsilon={normalizer.epsilon:g}; supported are "
+            f"clip_obs={CLIP_OBS:g}, epsilon={EPSILON:g}: with others the model would act on what it never saw"
+        )
     (obs_dim,), (act_dim,) = model.observation_space.shape, space.shape
     spec = Spec(obs_dim, act_dim, model.n_envs, torch.device(model.device))
     agent = SB3Agent(spec, SB3Config(normalize=normalizer is not None), model)

@@ -22,8 +22,13 @@ from rlctl.report.stats import MIN_FOR_AGGREGATE, MIN_FOR_INTERVAL, Floats, Inte
 
 LEVEL = 0.95
 CURVE_POINTS = 60
-PULLS = 100
+BAND_REPLICATES = 2_000
+ROW_PERMUTATIONS = 5_000
+PULLS = 200
 BUDGETS_MAX = 50
+MIN_POLICIES = 3
+"""In a pool from which choosing is worth a curve."""
+CLONING = "bc"
 METRICS: dict[str, stats.Statistic] = {
     "IQM": stats.iqm,
     "median": stats.median,
@@ -66,6 +71,10 @@ class Band(NamedTuple):
     seeds: int
     members: list[tuple[Floats, Floats]]
     """The single seeds."""
+    diverged: int = 0
+    """Of the seeds, those that keep their last value from where they diverged."""
+    without: int = 0
+    """Seeds that count in the tables and have no curve, so are not in this one."""
 
 
 class Pair(NamedTuple):
@@ -87,9 +96,11 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` (a against b), `not separated` or `protocols differ`."""
+        """`better`, `worse` (a against b), `not separated`, or what forbids to ask: `budgets differ` and the like."""
         if not self.comparable:
             return "protocols differ"
+        if self.unequal:
+            return f"{self.unequal} differ"
         side = separated(self.probability, self.p, self.difference)
         return {1: "better", -1: "worse", 0: "not separated"}[side]
 
@@ -115,7 +126,9 @@ class Budget(NamedTuple):
     configs: int
     pulls: Floats
     value: Floats
+    """True score of the policy that looks best after each pull, a mean over draws of the pool and of episodes."""
     error: Floats
+    """Of that mean, from the finite number of draws alone: it says nothing about other seeds."""
     expected: Floats
     """Expected best of k policies, k = 1 ..., whose true scores are known."""
 
@@ -127,7 +140,7 @@ class Compute(NamedTuple):
     task: Task
     runs: int
     hours: float
-    """Of all runs together."""
+    """Of these runs together."""
     minutes: float
     """Mean of a run."""
     shares: dict[str, float]
@@ -172,6 +185,8 @@ class Analysis:
     grid: Grid
     families: list[Family]
     compute: list[Compute]
+    hours: float
+    """Wall-clock of every run that was found, those that do not count included."""
     claims: list[str]
     """Sentences that the data support."""
     cautions: list[str]
@@ -195,7 +210,8 @@ def analyze(
     rng = np.random.default_rng(seed)
     families = [_family(grid, name, given or {}, rng, replicates, progress) for name in grid.families()]
     claims, cautions = _statements(grid, families)
-    return Analysis(grid, families, _compute(grid), claims, cautions, seed, replicates)
+    hours = sum(sum(r.seconds.values()) for _, r in grid.records) / 3600
+    return Analysis(grid, families, _compute(grid), hours, claims, cautions, seed, replicates)
 
 
 def _family(
@@ -208,14 +224,14 @@ def _family(
     cells = {
         (c, t): _cell(c, t, runs, scales.get(t)) for t in tasks for c in columns if (runs := grid.cells.get((c, t)))
     }
-    cells |= _among_best(cells, tasks, rng)
+    cells |= _among_best(cells, tasks, grid, rng)
     progress(f"{name}: curves")
     drawn = {t: bands for t, bands in curves(grid).items() if t.family == name}
     family = Family(name, tasks, cells, columns, scales, curves=drawn)
     _aggregate(family, grid, rng, replicates, progress)
     progress(f"{name}: comparisons")
     family.pairs.extend(_pairs(family, grid, rng))
-    if name != "online":
+    if any(t.unit == "updates" for t in tasks):  # an agent that learns online needs no episodes to be chosen by
         progress(f"{name}: budgets")
         for t in tasks:
             if found := _budgets(grid, t, scales.get(t), rng):
@@ -241,20 +257,38 @@ def _cell(column: str, task: Task, runs: Sequence[RunRecord], scale: Scale | Non
 
 
 def _among_best(
-    cells: dict[tuple[str, Task], Cell], tasks: Sequence[Task], rng: np.random.Generator
+    cells: dict[tuple[str, Task], Cell], tasks: Sequence[Task], grid: Grid, rng: np.random.Generator
 ) -> dict[tuple[str, Task], Cell]:
-    """Cells to be marked: no permutation test (Holm over the row) separates them from the highest mean of the row."""
+    """Cells to be marked: no permutation test separates them from the highest mean of the row.
+
+    Which mean is highest is known only afterwards, so Holm's correction is over all pairs of the row, not over those
+    with the highest. No mark where the row was not measured alike.
+    """
     marked = {}
     for task in tasks:
         row = [c for (_, t), c in cells.items() if t == task]
         if len(row) < 2 or not all(c.enough for c in row):
             continue
+        names = [c.column for c in row]
+        alike = len({frozenset(_protocols(grid, c, [task])) for c in names}) == 1
+        if not alike or any(_unequal(grid, names[0], c, [task]) for c in names[1:]):
+            continue
         top = max(row, key=lambda c: float(c.raw.mean()))
-        rest = [c for c in row if c is not top]
+        pairs = list(combinations(row, 2))
+        if len(pairs) >= (1 - LEVEL) * ROW_PERMUTATIONS:
+            continue  # no p-value could be small enough
         p = stats.holm(
-            [stats.permutation_test(top.raw[:, None], c.raw[:, None], rng, permutations=5_000) for c in rest]
+            [
+                stats.permutation_test(a.raw[:, None], b.raw[:, None], rng, permutations=ROW_PERMUTATIONS)
+                for a, b in pairs
+            ]
         )
-        best = [top, *(c for c, value in zip(rest, p, strict=True) if value >= 1 - LEVEL)]
+        apart = {
+            b.column if a is top else a.column
+            for (a, b), value in zip(pairs, p, strict=True)
+            if value < 1 - LEVEL and (a is top or b is top)
+        }
+        best = [c for c in row if c.column not in apart]
         if len(best) == len(row):
             continue  # nothing stands out
         for c in best:
@@ -274,9 +308,7 @@ def curves(grid: Grid) -> dict[Task, list[Band]]:
 
 def _curve(column: str, runs: Sequence[RunRecord]) -> Band | None:
     """Mean over seeds on a shared grid of steps, where every seed has been evaluated, with a t interval at each."""
-    members = [r.curve for r in runs if len(r.curve[0]) > 0 and np.isfinite(r.curve[1]).all()]
-    done = [r.curve for r in runs if r.status == "done" and len(r.curve[0]) > 0 and np.isfinite(r.curve[1]).all()]
-    members = done or members  # a diverged run ends early and would cut everyone's curve short
+    members, diverged = _carried(runs)
     if not members:
         return None
     x, y = _on_grid(members)
@@ -284,7 +316,24 @@ def _curve(column: str, runs: Sequence[RunRecord]) -> Band | None:
     if len(members) >= MIN_FOR_INTERVAL:
         half = stats.student_t(LEVEL, len(members) - 1) * y.std(0, ddof=1) / np.sqrt(len(members))
         low, high = y.mean(0) - half, y.mean(0) + half
-    return Band(column, x, y.mean(0), low, high, len(members), [_thin(m) for m in members])
+    thin = [_thin(m) for m in members]
+    return Band(column, x, y.mean(0), low, high, len(members), thin, diverged, len(runs) - len(members))
+
+
+def _carried(runs: Sequence[RunRecord]) -> tuple[list[tuple[Floats, Floats]], int]:
+    """The curves of a cell as far as its finished runs go, and how many of them are of diverged runs.
+
+    A diverged run keeps its last value from where it ended: left out, it would flatter its column, and left short, it
+    would cut the curves of the others.
+    """
+    usable = [r for r in runs if len(r.curve[0]) > 0 and np.isfinite(r.curve[1]).all()]
+    ends = [float(r.curve[0][-1]) for r in usable if r.status == "done"]
+    end = min(ends) if ends else max((float(r.curve[0][-1]) for r in usable), default=0.0)
+    out = []
+    for r in usable:
+        x, y = r.curve
+        out.append((np.append(x, end), np.append(y, y[-1])) if r.status == "diverged" and x[-1] < end else (x, y))
+    return out, sum(r.status == "diverged" for r in usable)
 
 
 def _on_grid(members: Sequence[tuple[Floats, Floats]], limit: float | None = None) -> tuple[Floats, Floats]:
@@ -329,7 +378,7 @@ def _aggregate(family: Family, grid: Grid, rng: np.random.Generator, replicates:
         found = stats.bootstraps(s, list(METRICS.values()), rng, replicates=replicates, level=LEVEL)
         family.aggregates[c] = dict(zip(METRICS, found, strict=True))
         family.aggregate_seeds[c] = len(s)
-        family.profiles[c] = (thresholds, *stats.profile_band(s, thresholds, rng, replicates=1_000))
+        family.profiles[c] = (thresholds, *stats.profile_band(s, thresholds, rng, replicates=BAND_REPLICATES))
     progress(f"{family.name}: sample efficiency")
     family.efficiency.extend(_efficiency(family, grid, wide, rng))
 
@@ -368,13 +417,20 @@ def _matrix(family: Family, column: str) -> Floats:
 
 
 def _efficiency(family: Family, grid: Grid, columns: Sequence[str], rng: np.random.Generator) -> list[Band]:
-    """IQM over tasks along training, up to the smallest budget of all; columns without curves are left out."""
+    """IQM over tasks along training, up to the smallest budget of all; columns without curves are left out.
+
+    Diverged seeds are in it as in the learning curves.
+    """
     tasks = family.aggregate_tasks
     curves: dict[str, list[list[tuple[Floats, Floats]]]] = {}
+    diverged: dict[str, int] = {}
+    without: dict[str, int] = {}
     for c in columns:
-        cells = [[r.curve for r in grid.cells[c, t] if r.status == "done" and len(r.curve[0]) > 1] for t in tasks]
-        if all(len(cell) >= MIN_FOR_AGGREGATE for cell in cells):
-            curves[c] = cells
+        found = [_carried(grid.cells[c, t]) for t in tasks]
+        if all(len(cell) >= MIN_FOR_AGGREGATE and all(len(m[0]) > 1 for m in cell) for cell, _ in found):
+            curves[c] = [cell for cell, _ in found]
+            diverged[c] = sum(n for _, n in found)
+            without[c] = sum(len(grid.cells[c, t]) for t in tasks) - sum(len(cell) for cell in curves[c])
     if not curves or len({t.unit for t in tasks}) > 1:
         return []
     end = min(float(m[0][-1]) for cells in curves.values() for cell in cells for m in cell)
@@ -388,7 +444,7 @@ def _efficiency(family: Family, grid: Grid, columns: Sequence[str], rng: np.rand
         scaled = [[family.scales[t](np.interp(x, *m)) for m in cell[:n]] for t, cell in zip(tasks, cells, strict=True)]
         values = np.array(scaled).transpose(2, 1, 0)  # [points, runs, tasks]
         y, low, high = stats.curve_band(values, stats.iqm, rng, replicates=1_000)
-        bands.append(Band(c, x, y, low, high, n, []))
+        bands.append(Band(c, x, y, low, high, n, [], diverged[c], without[c]))
     return bands
 
 
@@ -421,7 +477,7 @@ def compare(x: Sequence[Floats], y: Sequence[Floats], rng: np.random.Generator) 
     """
     a, b = (np.array([s[: min(map(len, side))] for s in side]).T for side in (x, y))
     z, w = stats.standardized(a, b)
-    return stats.improvement(a, b, rng, level=LEVEL), stats.permutation_test(z, w, rng), float(z.mean() - w.mean())
+    return stats.improvement(a, b, level=LEVEL), stats.permutation_test(z, w, rng), float(z.mean() - w.mean())
 
 
 def _unequal(grid: Grid, a: str, b: str, tasks: Sequence[Task]) -> str:
@@ -439,14 +495,17 @@ def _protocols(grid: Grid, column: str, tasks: Sequence[Task]) -> set[str]:
 
 # ------------------------------------------------------------------------------------------------- budgets of selection
 def _budgets(grid: Grid, task: Task, scale: Scale | None, rng: np.random.Generator) -> list[Budget]:
-    """Per algorithm: all its policies on the dataset, whatever their settings, as the pool to choose from."""
+    """Per algorithm: all its policies on the dataset, whatever their settings, as the pool to choose from.
+
+    None for an algorithm with fewer than `MIN_POLICIES`: among two there is little to choose.
+    """
     pools: dict[str, list[RunRecord]] = defaultdict(list)
     for c in grid.columns:
         if c.origin == "rlctl":
             pools[c.algo] += [r for r in grid.cells.get((c.name, task), []) if r.status == "done"]
     found = []
     for algo, runs in pools.items():
-        if len(runs) < 2:
+        if len(runs) < MIN_POLICIES:
             continue
         episodes = [np.asarray(r.episodes) if scale is None else scale(np.asarray(r.episodes)) for r in runs]
         value, error = stats.ucb_budget_curve([e.tolist() for e in episodes], rng, pulls=PULLS)
@@ -490,6 +549,13 @@ def _compute(grid: Grid) -> list[Compute]:
 
 # ---------------------------------------------------------------------------------------------------------- statements
 MOST_SENTENCES = 8
+_NO_QUESTION = {
+    "protocols differ": "they were measured differently",
+    "budgets differ": "they were given different budgets",
+    "physics differ": "their tasks have different physics",
+    "budgets and physics differ": "they were given different budgets and different physics",
+}
+"""Verdicts that leave the question open, and the reason in words."""
 
 
 def _statements(grid: Grid, families: Sequence[Family]) -> tuple[list[str], list[str]]:
@@ -505,9 +571,12 @@ def _statements(grid: Grid, families: Sequence[Family]) -> tuple[list[str], list
             listed = ", ".join(f"{p.a} and {p.b}" for p in even[:MOST_SENTENCES])
             more = f", and {len(even) - MOST_SENTENCES} more pairs" if len(even) > MOST_SENTENCES else ""
             claims.append(f"{where}Not separated by these runs: {listed}{more}. That is no proof that they are equal.")
-        if other := [p for p in f.pairs if p.verdict == "protocols differ"]:
-            listed = ", ".join(f"{p.a} and {p.b}" for p in other[:MOST_SENTENCES])
-            cautions.append(f"{where}Not compared, because they were measured differently: {listed}.")
+        for kind, why in _NO_QUESTION.items():
+            other = [p for p in f.pairs if p.verdict == kind]
+            if other:
+                listed = ", ".join(f"{p.a} and {p.b}" for p in other[:MOST_SENTENCES])
+                more = f", and {len(other) - MOST_SENTENCES} more pairs" if len(other) > MOST_SENTENCES else ""
+                cautions.append(f"{where}Not compared, because {why}: {listed}{more}.")
         if not f.pairs and len(f.columns) > 1:
             cautions.append(
                 f"{where}No claim is made: no two columns have {MIN_FOR_AGGREGATE} seeds each on a task they share."
@@ -530,11 +599,7 @@ def _wins(won: Sequence[Pair]) -> list[str]:
     """A sentence per separated pair, or per winner where there are many."""
     if len(won) <= MOST_SENTENCES:
         ordered = sorted(won, key=lambda p: -p.probability.value)
-        return [
-            f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}."
-            + (f" But their {p.unequal} differ." if p.unequal else "")
-            for p in ordered
-        ]
+        return [f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}." for p in ordered]
     by_winner: dict[str, list[Pair]] = defaultdict(list)
     for p in won:
         by_winner[p.a].append(p)
@@ -548,7 +613,6 @@ def _wins(won: Sequence[Pair]) -> list[str]:
         out.append(
             f"{a} scores higher than {names} {where} ({every} of the probability of improvement ≥ {low:.2f}, "
             f"Holm-corrected p ≤ {p_value(largest)})."
-            + "".join(f" The {x.unequal} of {x.b} differ from its own." for x in pairs if x.unequal)
         )
     return out
 

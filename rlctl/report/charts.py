@@ -117,19 +117,24 @@ def aggregate_dots(analysis: Analysis, family: Family) -> list[Dots]:
 
 
 def budget_panels(analysis: Analysis, family: Family) -> list[Panel]:
-    """Score of the chosen policy against online episodes, a panel per dataset."""
+    """Two panels per dataset: score of the chosen policy against online episodes, and against policies known fully.
+
+    Without bands: what the draws leave unknown is too little to be seen, and what other seeds would have changed cannot
+    be had from one pool.
+    """
     algos = sorted({b.algo for found in family.budgets.values() for b in found})
     panels = []
     for task, found in family.budgets.items():
-        lines = []
+        bandit, known = [], []
         for b in found:
+            pool, style = f"{b.algo}: {b.policies} policies of {b.configs} configs", algos.index(b.algo)
             reached = f"{b.value[-1]:,.1f} after {len(b.pulls)} episodes"
-            note = f"{b.algo}: {b.policies} policies of {b.configs} configs, {reached}"
-            half = 1.96 * b.error
-            style = algos.index(b.algo)
-            lines.append(Line(b.algo, style, b.pulls, b.value, b.value - half, b.value + half, note=note))
-        unit = "score" if task in family.scales else "return"
-        panels.append(Panel(task.name, "online episodes used to choose", f"{unit} of the chosen policy", lines))
+            best = f"expected best of {len(b.expected)} {b.expected[-1]:,.1f}"
+            bandit.append(Line(b.algo, style, b.pulls, b.value, note=f"{pool}, {reached}"))
+            known.append(Line(b.algo, style, np.arange(1.0, len(b.expected) + 1), b.expected, note=f"{pool}, {best}"))
+        what = f"{'score' if task in family.scales else 'return'} of the chosen policy"
+        panels.append(Panel(task.name, "online episodes used to choose", what, bandit))
+        panels.append(Panel(f"{task.name}: best of k", "policies whose scores are known", what, known))
     return panels
 
 
@@ -139,6 +144,8 @@ def _line(b: Band, style: int, what: str) -> Line:
         digits = 1 if abs(b.y[-1]) < 100 else 0
         last += f" [{b.low[-1]:,.{digits}f}, {b.high[-1]:,.{digits}f}]"
     note = f"{b.column}: {what} {last} at {b.x[-1]:,.0f}, {b.seeds} seed{'s' * (b.seeds > 1)}"
+    note += f", {b.diverged} run{'s' * (b.diverged > 1)} diverged and carried on" if b.diverged else ""
+    note += f", {b.without} run{'s' * (b.without > 1)} without a curve" if b.without else ""
     return Line(b.column, style, b.x, b.y, b.low, b.high, b.members, note)
 
 

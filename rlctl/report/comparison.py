@@ -65,15 +65,17 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
             "probability_b_beats_a": probability._asdict(),
             "p": p,
             "verdict": VERDICTS[separated(probability, p, difference)],
+            "seeds_used": [min(map(len, scores)) for scores in (left, right)],
         }
+    warnings = _warnings(sides, tasks) + _trimmed(sides, enough)
     return {
         "a": _identity(a, sides[0]),
         "b": _identity(b, sides[1]),
         "settings": _settings(sides, tasks),
         "tasks": rows,
         "overall": overall,
-        "answer": _answer(overall, rows, unlike),
-        "warnings": _warnings(sides, tasks),
+        "answer": _answer(overall, rows, unlike, warnings),
+        "warnings": warnings,
     }
 
 
@@ -127,7 +129,7 @@ def _settings(sides: list[Grid], tasks: list[Task]) -> dict[str, tuple[Any, Any]
     return out
 
 
-def _answer(overall: dict[str, Any] | None, rows: list[dict[str, Any]], unlike: list[Task]) -> str:
+def _answer(overall: dict[str, Any] | None, rows: list[dict[str, Any]], unlike: list[Task], warnings: list[str]) -> str:
     """One sentence, or two."""
     if overall is None:
         if unlike:
@@ -146,8 +148,21 @@ def _answer(overall: dict[str, Any] | None, rows: list[dict[str, Any]], unlike: 
         parts = ([f"better on {', '.join(yes)}"] if yes else []) + ([f"worse on {', '.join(no)}"] if no else [])
         rest = ["elsewhere not separated"] if len(yes + no) < n else []
         where = f" Task by task: {'; '.join(parts + rest)}."
+    if any("udgets differ" in w for w in warnings):
+        where += " Their budgets differ: that may be all there is to it."
     head = {"yes": "B is better", "no, worse": "B is worse", "not separated": "A and B are not separated"}
     return f"{head[overall['verdict']]} {on} ({evidence}).{where}"
+
+
+def _trimmed(sides: list[Grid], enough: list[Task]) -> list[str]:
+    """Seeds that the comparison over all tasks leaves out, because it takes as many of each task."""
+    out = []
+    for letter, side in zip("AB", sides, strict=True):
+        counts = [len(_runs(side, t)) for t in enough]
+        if len(set(counts)) > 1:
+            text = f"{letter}: the tasks have {min(counts)} to {max(counts)} seeds"
+            out.append(f"{text}; over all tasks the first {min(counts)} of each count.")
+    return out
 
 
 def _warnings(sides: list[Grid], tasks: list[Task]) -> list[str]:

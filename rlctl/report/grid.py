@@ -215,8 +215,8 @@ def _warnings(
         out += across(task, {c.name: cells[c.name, task] for c in columns if cells.get((c.name, task))})
     if imported := [c.name for c in columns if c.origin != "rlctl"]:
         out.append(
-            f"Imported, under protocols of their own: {', '.join(imported)}. Shown beside the others, compared in "
-            "no claim."
+            f"Imported, under protocols of their own: {', '.join(imported)}. Shown beside the others, and in a claim "
+            "only with each other, where their scores were taken in one way."
         )
     return out
 
@@ -255,6 +255,8 @@ def _mixtures(column: Column, mine: Mapping[Task, Sequence[RunRecord]]) -> list[
             out.append(f"{column.name} on {task.name} mixes physics: {', '.join(physics)}.")
         if len(engines := sorted({r.engine for r in cell if r.engine})) > 1:
             out.append(f"{column.name} on {task.name} mixes engines: {', '.join(engines)}.")
+        if len(data := sorted({r.dataset for r in cell if r.dataset})) > 1:
+            out.append(f"{column.name} on {task.name} learned from {len(data)} different sets: {', '.join(data)}.")
         if len(episodes := sorted({len(r.episodes) for r in finished})) > 1 and column.origin == "rlctl":
             out.append(f"{column.name} on {task.name} mixes {episodes[0]} to {episodes[-1]} episodes per score.")
     commits = sorted({r.commit for r in runs if r.commit != "unknown"})
@@ -283,6 +285,11 @@ def across(task: Task, cells: Mapping[str, Sequence[RunRecord]], alone: bool = T
     runs = [r for cell in cells.values() for r in cell]
     if len(physics := sorted({r.physics for r in runs})) > 1:
         out.append(f"Physics differ on {task.name}: {', '.join(physics)}.")
+    for what, named in (("Engines", "engine"), ("Rows of the dataset", "dataset")):
+        # columns that mix them within are warned of by themselves
+        each = {frozenset(str(getattr(r, named)) for r in cell) - {""} for cell in cells.values()} - {frozenset()}
+        if len(each) > 1:
+            out.append(f"{what} differ on {task.name}: {', '.join(sorted({x for some in each for x in some}))}.")
     for package in ("mujoco", "gymnasium"):
         found = sorted({str(r.versions[package]) for r in runs if r.versions.get(package)})
         if len(found) > 1:

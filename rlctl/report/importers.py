@@ -8,7 +8,8 @@
 | `*.csv` with a header | one row per evaluation: algo,task,seed,step,return | rows of the largest step |
 
 None of them says on which physics, with how many selections or with which settings it was made, so a report never
-claims that one is better or worse than a run under our own protocol; it shows them side by side.
+claims that one is better or worse than a run under our own protocol; it shows them side by side. A run whose files
+cannot be read is listed with the reason and stops nothing; a score that is no finite number counts as a failed run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +46,48 @@ UNITS = {"rsl_rl": "iterations", "skrl": "steps of each environment"}
 
 def from_folder(folder: Path, files: list[str], root: Path) -> list[RunRecord]:
     """Runs that lie directly in `folder` and are not ours."""
+    monitors = [f for f in files if f.endswith("monitor.csv")]
+    events = [f for f in files if f.startswith("events.out.tfevents.")]
     if "evaluations.npz" in files:
-        return [zoo_evaluations(folder)]
-    if monitors := [f for f in files if f.endswith("monitor.csv")]:
-        return [zoo_monitors(folder, [folder / f for f in monitors])]
-    if any(f.startswith("events.out.tfevents.") for f in files):
-        return tensorboard(folder, root)
+        return _readable(lambda: [zoo_evaluations(folder)], folder, "evaluations.npz", "SB3 Zoo")
+    if monitors:
+        read = [folder / f for f in monitors]
+        return _readable(lambda: [zoo_monitors(folder, read)], folder, ", ".join(monitors), "SB3 Zoo")
+    if events:
+        return _readable(lambda: tensorboard(folder, root), folder, ", ".join(events), "TensorBoard")
     return []
 
 
 def from_file(file: Path) -> list[RunRecord]:
     """Runs in a file that was given by name."""
     if file.suffix == ".csv":
-        return list(plain_csv(file))
+        return _readable(lambda: list(plain_csv(file)), file, file.name, "CSV")
     if file.name == "run.json":
         raise UsageError(f"{file} is a file of a run: give its directory, {file.parent}")
     raise UsageError(f"{file} is not a directory or a CSV file; what can be read are run directories, {KINDS}")
+
+
+def _readable(read: Callable[[], list[RunRecord]], where: Path, what: str, origin: str) -> list[RunRecord]:
+    """What `read` finds at `where`, or one record that says why it cannot be read."""
+    try:
+        return read()
+    except UsageError:
+        raise
+    except Exception as e:  # NumPy, YAML, zip, CSV and protocol buffers each have errors of their own for a torn file
+        note = " ".join(f"{what}, or what lies beside it, cannot be read: {type(e).__name__}: {e}".split())
+        task = Task("online", where.name)
+        return [RunRecord(str(where), where.parent.name, task, None, "unreadable", origin=origin, note=note)]
+
+
+def _scored(record: RunRecord) -> RunRecord:
+    """The record without what is not finite in its curve; failed, as a run of ours would be, where its score is not."""
+    x, y = record.curve
+    finite = np.isfinite(x) & np.isfinite(y)
+    record = replace(record, curve=(x[finite], y[finite]))
+    if all(map(math.isfinite, record.episodes)):
+        return record
+    note = "its last returns are not finite numbers"
+    return replace(record, status="failed", episodes=(), selection=None, note=note)
 
 
 # ----------------------------------------------------------------------------------------------------------------- zoo
@@ -102,20 +130,16 @@ def _zoo_identity(folder: Path) -> tuple[str, str, int | None, dict[str, Any]]:
 def zoo_evaluations(folder: Path) -> RunRecord:
     """`evaluations.npz`: timesteps [n], results [n, episodes], ep_lengths [n, episodes]."""
     algo, env, seed, settings = _zoo_identity(folder)
-    where = str(folder)
-    task = Task("online", env, env)
-    try:
-        with np.load(folder / "evaluations.npz", allow_pickle=False) as file:
-            steps, results = np.asarray(file["timesteps"], np.float64), np.asarray(file["results"], np.float64)
-        if results.ndim != 2 or len(results) != len(steps) or not len(steps):
-            raise ValueError(f"timesteps {steps.shape} and results {results.shape} do not belong together")
-    except (OSError, KeyError, ValueError) as e:
-        return RunRecord(where, algo, task, seed, "unreadable", origin="SB3 Zoo", note=f"evaluations.npz: {e}")
-    best = float(results.mean(1).max())
-    return RunRecord(
-        where=where,
+    with np.load(folder / "evaluations.npz", allow_pickle=False) as file:
+        steps, results = np.asarray(file["timesteps"], np.float64), np.asarray(file["results"], np.float64)
+    if results.ndim != 2 or not results.size or len(results) != len(steps) or not np.isfinite(steps).all():
+        raise ValueError(f"timesteps {steps.shape} and results {results.shape} do not belong together")
+    means = results.mean(1)
+    best = float(means[np.isfinite(means)].max(initial=-math.inf))
+    record = RunRecord(
+        where=str(folder),
         algo=algo,
-        task=task,
+        task=Task("online", env, env),
         seed=seed,
         status="done",
         origin="SB3 Zoo",
@@ -124,9 +148,10 @@ def zoo_evaluations(folder: Path) -> RunRecord:
         curve=(steps, results.mean(1)),
         settings=dict(settings),
         steps=int(steps[-1]),
-        selection=(best, int(results.size)),
+        selection=(best, int(results.size)) if math.isfinite(best) else None,
         seconds=_monitor_seconds(folder),
     )
+    return _scored(record)
 
 
 def zoo_monitors(folder: Path, files: list[Path]) -> RunRecord:
@@ -139,7 +164,7 @@ def zoo_monitors(folder: Path, files: list[Path]) -> RunRecord:
             str(folder), algo, task, seed, "unreadable", origin="SB3 Zoo", note="no episode in monitor.csv"
         )
     ret, length, seconds = np.array(rows).T
-    return RunRecord(
+    record = RunRecord(
         where=str(folder),
         algo=algo,
         task=task,
@@ -153,22 +178,29 @@ def zoo_monitors(folder: Path, files: list[Path]) -> RunRecord:
         steps=int(length.sum()),
         seconds={"total": float(seconds.max())},
     )
+    return _scored(record)
 
 
 def _monitor(file: Path) -> Iterator[tuple[float, float, float]]:
-    with file.open(newline="") as f:
+    with file.open(newline="", encoding="utf-8-sig") as f:
         head = f.readline()
         if not head.startswith("#"):  # the line with the start time is not always there
             f.seek(0)
         for row in csv.DictReader(f):
             try:
-                yield float(row["r"]), float(row["l"]), float(row["t"])
+                ret, length, seconds = float(row["r"]), float(row["l"]), float(row["t"])
             except (KeyError, TypeError, ValueError):  # a line that breaks off
                 continue
+            if math.isfinite(length) and math.isfinite(seconds):
+                yield ret, length, seconds
 
 
 def _monitor_seconds(folder: Path) -> dict[str, float]:
-    ends = [row[2] for file in folder.glob("*monitor.csv") for row in _monitor(file)]
+    """Wall-clock by the monitors beside the evaluations; none where they cannot be read: the score does without."""
+    try:
+        ends = [row[2] for file in folder.glob("*monitor.csv") for row in _monitor(file)]
+    except (OSError, ValueError, csv.Error):
+        return {}
     return {"total": max(ends)} if ends else {}
 
 
@@ -184,29 +216,28 @@ def tensorboard(folder: Path, root: Path) -> list[RunRecord]:
     if tag is None:
         return []
     origin, protocol = TAGS[tag]
-    events = [e for e in log.Scalars(tag) if math.isfinite(e.value)]
+    events = log.Scalars(tag)
     if not events:
         return []
     step, value = np.array([e.step for e in events], float), np.array([e.value for e in events], float)
     settings = _cleanrl_settings(log, tags["tensors"]) if origin == "CleanRL" else {}
     algo, env, seed = _identity(folder, root, origin, settings)
     last = value[step >= step[0] + 0.9 * (step[-1] - step[0])]
-    return [
-        RunRecord(
-            where=str(folder),
-            algo=algo,
-            task=Task("online", env, env, UNITS.get(origin, "environment steps")),
-            seed=seed,
-            status="done",
-            origin=origin,
-            protocol=f"{protocol}, the last tenth of the curve",
-            episodes=tuple(last.tolist()),
-            curve=_binned(step, value),
-            settings=settings,
-            steps=int(step[-1]),
-            seconds={"total": events[-1].wall_time - events[0].wall_time},
-        )
-    ]
+    record = RunRecord(
+        where=str(folder),
+        algo=algo,
+        task=Task("online", env, env, UNITS.get(origin, "environment steps")),
+        seed=seed,
+        status="done",
+        origin=origin,
+        protocol=f"{protocol}, the last tenth of the curve",
+        episodes=tuple(last.tolist()),
+        curve=_binned(step, value),
+        settings=settings,
+        steps=int(step[-1]),
+        seconds={"total": events[-1].wall_time - events[0].wall_time},
+    )
+    return [_scored(record)]
 
 
 def _cleanrl_settings(log: Any, tags: list[str]) -> dict[str, Any]:
@@ -249,7 +280,7 @@ def _int(value: Any) -> int | None:
 # ----------------------------------------------------------------------------------------------------------------- CSV
 def plain_csv(file: Path) -> Iterator[RunRecord]:
     """Rows `algo,task,seed,step,return`, an episode or a mean each, with `family` if it is not `online`."""
-    with file.open(newline="") as f:
+    with file.open(newline="", encoding="utf-8-sig") as f:  # spreadsheets write a byte order mark
         reader = csv.DictReader(f)
         missing = [c for c in CSV_COLUMNS if c not in (reader.fieldnames or ())]
         if missing:
@@ -261,26 +292,27 @@ def plain_csv(file: Path) -> Iterator[RunRecord]:
         for number, row in enumerate(reader, 2):
             try:
                 key = (row["algo"], row.get("family") or "online", row["task"], int(row["seed"]))
-                runs[key][float(row["step"])].append(float(row["return"]))
+                step = float(row["step"])
+                if not math.isfinite(step):
+                    raise ValueError(f"step {step}")
+                runs[key][step].append(float(row["return"]))
             except (TypeError, ValueError) as e:
                 raise UsageError(f"{file}, line {number}: seed, step and return are numbers, got {row}") from e
     for (algo, family, task, seed), curve in runs.items():
         steps = sorted(curve)
-        last = curve[steps[-1]]
-        finite = all(map(math.isfinite, last))
-        yield RunRecord(
+        record = RunRecord(
             where=str(file),
             algo=algo,
             task=Task(family, task, task, "environment steps" if family == "online" else "updates"),
             seed=seed,
-            status="done" if finite else "diverged",
+            status="done",
             origin="CSV",
             protocol="as the CSV file gives it",
-            episodes=tuple(last) if finite else (),
+            episodes=tuple(curve[steps[-1]]),
             curve=(np.array(steps), np.array([np.mean(curve[s]) for s in steps])),
             steps=int(steps[-1]),
-            note="" if finite else "its last return is not finite",
         )
+        yield _scored(record)
 
 
 def _binned(step: Floats, value: Floats) -> tuple[Floats, Floats]:

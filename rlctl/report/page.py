@@ -12,8 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rlctl.report import charts, svg, tables
-from rlctl.report.analysis import Analysis, Family
-from rlctl.report.runs import COUNTED
+from rlctl.report.analysis import BAND_REPLICATES, Analysis, Band, Family
 
 ROWS_SHOWN = 15
 """Of the runs that need attention; the rest is folded away."""
@@ -28,6 +27,8 @@ def render(analysis: Analysis, title: str) -> str:
     return template.render(
         title=title,
         facts=_facts(analysis),
+        settings=tables.setting_lines(analysis),
+        band_replicates=BAND_REPLICATES,
         chart_style=Markup(svg.style_sheet()),
         swatch=lambda style: Markup(svg.swatch(style)),
         claims=analysis.claims,
@@ -51,10 +52,11 @@ def render(analysis: Analysis, title: str) -> str:
 
 def _facts(analysis: Analysis) -> str:
     records = [r for _, r in analysis.grid.records if r.status != "missing"]
-    counted = sum(r.status in COUNTED for r in records)
+    diverged = sum(r.status == "diverged" for r in records)
     parts = [
         _count(len(records), "run"),
-        f"{counted} finished",
+        f"{sum(r.status == 'done' for r in records)} finished",
+        *([f"{diverged} diverged"] if diverged else []),
         _count(len(analysis.grid.columns), "column"),
         _count(len(analysis.grid.tasks), "task"),
     ]
@@ -83,6 +85,8 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         note = "The left curve ends at the smallest budget of all its columns and tasks."
     if absent:
         note += f" Without a curve: {', '.join(absent)}."
+    if told := _carried(f.efficiency):
+        note += f" {told}"
     budget_algos = sorted({b.algo for found in f.budgets.values() for b in found})
     return {
         "name": f.name,
@@ -90,6 +94,7 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         "aggregates": tables.aggregates(analysis, f),
         "not_aggregated": {**f.not_aggregated, **f.tasks_left_out},
         "dots": _drawn([svg.dots(d) for d in charts.aggregate_dots(analysis, f)]),
+        "carried": _carried([b for bands in f.curves.values() for b in bands]),
         "curves": _drawn([svg.panel(p) for p in charts.curve_panels(analysis, f)]),
         "legend": [(c, style[c]) for c in f.columns],
         "aggregate_legend": [(c, style[c]) for c in f.aggregates],
@@ -98,27 +103,24 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         "improvement": tables.improvement(analysis, f),
         "budgets": _drawn([svg.panel(p) for p in charts.budget_panels(analysis, f)]),
         "budget_legend": [(a, i) for i, a in enumerate(budget_algos)],
-        "budget_notes": _budget_notes(f),
+        "budget_table": tables.budgets(f),
+        "budget_notes": tables.budget_notes(f),
     }
+
+
+def _carried(bands: Sequence[Band]) -> str:
+    """What the caption of curves says about runs that diverged or were never evaluated in training."""
+    diverged, without = sum(b.diverged for b in bands), sum(b.without for b in bands)
+    parts = []
+    if diverged:
+        parts.append(f"{_count(diverged, 'diverged run')} among them, each with its last value carried on to the end.")
+    if without:
+        parts.append(f"{_count(without, 'counted run')} without a curve, not in any mean here.")
+    return " ".join(parts)
 
 
 def _drawn(texts: Sequence[str]) -> list[Markup]:
     return [Markup(x) for x in texts]
-
-
-def _budget_notes(f: Family) -> list[str]:
-    """Pools by size, and the closed form beside the bandit."""
-    notes = []
-    for task, found in f.budgets.items():
-        parts = [
-            f"{b.algo}: {b.policies} policies of {b.configs} config{'s' * (b.configs != 1)}, expected best of "
-            f"{len(b.expected)} fully known ones {b.expected[-1]:.1f}"
-            for b in found
-        ]
-        notes.append(f"{task.name}: {'; '.join(parts)}.")
-    if any(b.configs == 1 for found in f.budgets.values() for b in found):
-        notes.append("A pool of one config holds nothing but luck of the seed to choose from.")
-    return notes
 
 
 def _protocols(analysis: Analysis) -> list[str]:

@@ -84,6 +84,10 @@ class RunRecord:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     machine: str = "unknown"
     command: tuple[str, ...] = ()
+    dataset: str = ""
+    """Fingerprint of the rows it learned from; empty: none, or none was written down."""
+    suite: str = ""
+    """Name and description of the suite it belongs to."""
 
     @property
     def score(self) -> float | None:
@@ -125,11 +129,15 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
         plan = json.loads((suite / PLAN).read_text())
         cells = {str(suite / c["id"]): c for c in plan["cells"]}
         name, command = plan["suite"], tuple(plan.get("command") or ())
+        about = ": ".join(x for x in (str(name), str(plan.get("description") or "")) if x)
     except (OSError, ValueError, KeyError, TypeError) as e:
         note = _line(f"{PLAN} cannot be read, so cells it planned may be missing unnoticed: {type(e).__name__}: {e}")
         task = Task("unknown", "unknown")
         return [*records, RunRecord(str(suite / PLAN), "unknown", task, None, "unreadable", note=note)]
-    named = [replace(r, label=cells[r.where]["column"], command=command) if r.where in cells else r for r in records]
+    named = [
+        replace(r, label=cells[r.where]["column"], command=command, suite=about) if r.where in cells else r
+        for r in records
+    ]
     tasks = {cells[r.where]["source"]: r.task for r in records if r.where in cells}
     errors = _errors(suite / "ledger.jsonl")
     started = {r.where for r in records}
@@ -139,8 +147,8 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
         guess = Task("online", c["source"], c["env"]) if c["data"] is None else Task("own data", c["source"], c["env"])
         note = errors.get(c["id"]) or f"planned by the suite '{name}', not started"
         task = tasks.get(c["source"], guess)
-        lost = RunRecord(where, c["algo"], task, c["seed"], "missing", label=c["column"], note=note, planned=c["steps"])
-        named.append(lost)
+        more = {"label": c["column"], "note": note, "planned": c["steps"], "suite": about}
+        named.append(RunRecord(where, c["algo"], task, c["seed"], "missing", **more))
     return named
 
 
@@ -185,9 +193,12 @@ def read_run(folder: Path) -> RunRecord:
         note = f"{folder.name} cannot be read: {type(e).__name__}: {e}"
         return RunRecord(str(folder), "unknown", Task("unknown", "unknown"), None, "unreadable", note=_line(note))
     last = _last_row(folder / "metrics.jsonl")
-    task = _task(record, config, online=last.get("env_steps", 0) > 0)
+    offline_updates = (config.get("agent") or {}).get("offline_updates")
+    # asked of the settings too: such a run may end before its first step in the environment
+    task = _task(record, config, online=last.get("env_steps", 0) > 0 or offline_updates is not None)
     status, note = _status(record)
     counts = "updates" if task.unit == "updates" else "env_steps"
+    before = offline_updates or 0 if counts == "env_steps" else 0  # `progress` counts both parts
     evaluations, final, damaged = _evaluations(folder / "eval.jsonl", counts)
     curve = np.array(sorted(evaluations)), np.array([np.mean(evaluations[k]) for k in sorted(evaluations)])
     episodes, protocol = final, LAST_AGENT
@@ -216,7 +227,7 @@ def read_run(folder: Path) -> RunRecord:
         curve=curve,
         settings=_settings(config),
         config=str(record.get("config_key") or ""),
-        steps=int(last.get(counts) or record.get("progress") or 0),
+        steps=int(last[counts] if counts in last else max((record.get("progress") or 0) - before, 0)),
         planned=(config.get("agent") or {}).get("steps"),
         seconds={k: float(v) for k, v in spent.items()},
         selection=None if best is None or used is None else (float(best), int(used)),
@@ -228,6 +239,7 @@ def read_run(folder: Path) -> RunRecord:
         versions=session.get("versions") or {},
         machine=_machine(machine),
         command=_command(record.get("sessions") or []),
+        dataset=str((record.get("dataset") or {}).get("sha256") or "")[:12],
     )
 
 
@@ -246,7 +258,7 @@ def _status(record: Mapping[str, Any]) -> tuple[Status, str]:
 
 
 def _task(record: Mapping[str, Any], config: Mapping[str, Any], online: bool) -> Task:
-    """`online`: the run has made environment steps, which one that only learns from a dataset never does."""
+    """`online`: the run has made environment steps or was to make them, unlike one that only learns from a dataset."""
     data, trains_in = record.get("data", config.get("data")), record.get("env", config.get("env"))
     env = record.get("eval_env") or trains_in
     options = record.get("eval_env_options")  # may be empty, and then says so
@@ -273,12 +285,15 @@ def _version(labels: Mapping[str, Any]) -> str:
 def _evaluations(file: Path, counts: str) -> tuple[dict[int, list[float]], list[float], int]:
     """Deterministic returns by step of the evaluations in training, those of the final one, and unreadable rows.
 
+    Of several evaluations at one step the last counts: a run that learns from a dataset first is evaluated many times
+    before its first environment step, and where its curve begins is what the whole offline part has led to.
     A last line that breaks off is what a killed run leaves and no damage.
     """
     during: dict[int, list[float]] = {}
+    updates: dict[int, int] = {}
     final: list[float] = []
     damaged = 0
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     for i, line in enumerate(lines):
         try:
             row = json.loads(line)
@@ -286,8 +301,12 @@ def _evaluations(file: Path, counts: str) -> tuple[dict[int, list[float]], list[
                 continue
             if row["final"]:
                 final.append(float(row["return"]))
-            else:
-                during.setdefault(int(row[counts]), []).append(float(row["return"]))
+                continue
+            at, made, ret = int(row[counts]), int(row.get("updates", 0)), float(row["return"])
+            if made > updates.get(at, -1):
+                updates[at], during[at] = made, []
+            if made == updates[at]:
+                during[at].append(ret)
         except (ValueError, KeyError, TypeError):
             damaged += i < len(lines) - 1
     return during, final, damaged

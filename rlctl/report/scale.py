@@ -9,10 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlctl.data.reference import reference_name, reference_scores
+from rlctl.data.reference import SUITE_RETURNS, is_suite, reference_name, reference_scores
 from rlctl.errors import UsageError
 from rlctl.report.runs import Task
 from rlctl.report.stats import Floats
+
+SUITE_SOURCE = "the suite's definition, at most 1 in each of 1,000 steps: 0 is its floor, not a random policy's return"
 
 
 class Scale(NamedTuple):
@@ -47,10 +49,13 @@ def scale_of(task: Task, given: Given | None = None) -> Scale | None:
     """The task's scale, None where nothing is known to put it on one.
 
     Datasets take D4RL's constants. Online tasks take the mean of our random policy and a published constant
-    (`online_reference.json`, made by benchmarks/random_returns.py); with changed options or physics they have none.
+    (`online_reference.json`, made by benchmarks/random_returns.py), those of the DeepMind Control Suite the range of
+    returns that its definition allows; with changed options or physics they have none.
     """
     if given and task.name in given:
         return Scale(*given[task.name], "given with --scale")
+    if task.family == "online" and is_suite(task.name):
+        return Scale(*SUITE_RETURNS, SUITE_SOURCE) if task.name == task.env else None
     if task.family == "online":
         known = online_reference().get(task.name)
         if known is None or known["reference"] is None:

@@ -7,7 +7,9 @@ pooled as if they were independent runs. Every function that draws takes an expl
 Source: Agarwal et al. 2021, arXiv:2108.13264 (IQM, optimality gap, stratified bootstrap, performance profiles,
 probability of improvement); Kurenkov and Kolesnikov 2022, arXiv:2110.04156 (expected online performance).
 Differs: percentile intervals are widened by sqrt(n / (n - 1)) about the estimate, n the smallest number of seeds of a
-task: unwidened, a nominal 95% interval of the IQM covers 86% with 3 seeds and 91% with 5.
+task: unwidened, a nominal 95% interval of the IQM covers 86% with 3 seeds and 91% with 5. The interval of a
+probability of improvement is no bootstrap's but a score interval (see `improvement`): where one side wins nearly every
+comparison, a bootstrap of few seeds has next to nothing to vary.
 """
 
 from __future__ import annotations
@@ -204,23 +206,56 @@ def curve_band(
     return value, np.array([b.low for b in bounds]), np.array([b.high for b in bounds])
 
 
-def improvement(
-    x: Floats,
-    y: Floats,
-    rng: np.random.Generator,
-    *,
-    replicates: int = 2_000,
-    level: float = 0.95,
-) -> Interval:
-    """Probability that x improves on y, `[n, tasks]` and `[m, tasks]`, with its stratified bootstrap interval."""
+def improvement(x: Floats, y: Floats, *, level: float = 0.95) -> Interval:
+    """Probability that x improves on y, `[n, tasks]` and `[m, tasks]`, with an interval for few seeds.
+
+    Per task a score interval of the Mann-Whitney statistic (Newcombe 2006, Statistics in Medicine 25:559, method 5):
+    all theta with |theta - estimate| <= t sd(theta), sd Hanley and McNeil's at theta itself, not at the estimate, where
+    it would vanish once every comparison is won; t is Student's with n + m - 2 degrees of freedom, not the normal's.
+    Ties shrink the variance as they do that of the rank sum: on a task where all runs score the same nothing varies.
+    Over tasks the distances to the limits add as root squares (Zou and Donner 2008, Statistics in Medicine 27:1693).
+
+    Simulated coverage of a nominal 95%, 2,000 studies each of normal scores, true values 0.5, 0.8, 0.95 and 0.99, 1, 3
+    and 9 tasks: 5 seeds 88 to 99%, 10 seeds 91 to 98%, 20 seeds 91 to 98%; where one side has five times the spread of
+    the other 86 to 97%. (A widened bootstrap at 0.95 and one task: 44% with 5 seeds, 81% with 10.)
+    """
     _check(x)
     _check(y)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} tasks and y {y.shape[1]}: a comparison takes the same ones")
-    a, b = _resampled(x, replicates, rng), _resampled(y, replicates, rng)
-    values = probability_of_improvement(a, b)
-    found = _widened(float(probability_of_improvement(x, y)), values, level, min(len(x), len(y)))
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+    by_task = [float(probability_of_improvement(x[:, [k]], y[:, [k]])) for k in range(x.shape[1])]
+    spread = [_untied(np.concatenate([x[:, k], y[:, k]])) for k in range(x.shape[1])]
+    limits = [_mann_whitney_limits(p, s, len(x), len(y), level) for p, s in zip(by_task, spread, strict=True)]
+    down = math.sqrt(sum((p - low) ** 2 for p, (low, _) in zip(by_task, limits, strict=True))) / len(by_task)
+    up = math.sqrt(sum((high - p) ** 2 for p, (_, high) in zip(by_task, limits, strict=True))) / len(by_task)
+    value = float(probability_of_improvement(x, y))
+    return Interval(value, max(value - down, 0.0), min(value + up, 1.0))
+
+
+def _untied(scores: Floats) -> float:
+    """What ties leave of the variance of a rank sum: 1 without ties, 0 where all `scores` [N] are equal."""
+    _, count = np.unique(scores, return_counts=True)
+    n = len(scores)
+    return 1 - float((count.astype(float) ** 3 - count).sum()) / (n**3 - n)
+
+
+def _mann_whitney_limits(estimate: float, untied: float, n: int, m: int, level: float) -> tuple[float, float]:
+    """Smallest and largest probability that an `estimate` from n and m runs is within t standard deviations of."""
+    t, several = student_t(level, n + m - 2), (n + m) / 2 - 1
+
+    def inside(theta: float) -> bool:
+        shared = (1 - theta) / (2 - theta) + theta / (1 + theta)
+        variance = untied * theta * (1 - theta) * (1 + several * shared) / (n * m)
+        return (theta - estimate) ** 2 <= t * t * variance
+
+    def limit(beyond: float) -> float:
+        within = estimate
+        for _ in range(50):
+            middle = (within + beyond) / 2
+            within, beyond = (middle, beyond) if inside(middle) else (within, middle)
+        return within
+
+    return limit(0.0), limit(1.0)
 
 
 def _check(scores: Floats) -> None:

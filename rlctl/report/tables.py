@@ -10,7 +10,17 @@ from os.path import commonpath
 from pathlib import Path
 from typing import NamedTuple
 
-from rlctl.report.analysis import METRICS, Analysis, Cell, Family, Pair, p_value
+from rlctl.report.analysis import (
+    CLONING,
+    METRICS,
+    MIN_POLICIES,
+    PULLS,
+    Analysis,
+    Cell,
+    Family,
+    Pair,
+    p_value,
+)
 from rlctl.report.runs import RunRecord
 from rlctl.report.stats import MIN_FOR_AGGREGATE, Interval
 
@@ -85,7 +95,10 @@ def results(analysis: Analysis, family: Family) -> Table:
         caption += " (normalised score below)"
     caption += "; ± is half of a 95% t interval, left out below 3 seeds."
     if any(c.among_best for c in cells):
-        caption += " Bold: no permutation test (Holm over the row, 5%) separates it from the highest mean of its task."
+        caption += (
+            " Bold: no permutation test (5%, Holm over all pairs of the row) separates it from the highest mean of its "
+            "task; nothing is bold where budgets, physics or protocols differ, or where all or too few would be."
+        )
     if any(c.diverged for c in cells):
         caption += " †: diverged runs among the seeds, counted with the last evaluation they reached."
     table = Table(header, rows, caption)
@@ -123,12 +136,17 @@ def aggregates(analysis: Analysis, family: Family) -> Table | None:
     n = len(family.aggregate_tasks)
     names = ", ".join(t.name for t in family.aggregate_tasks)
     caption = (
-        f"Normalised scores (0: random policy, 100: reference) over {n} task{'s' * (n != 1)} that all these columns "
+        f"Normalised scores (what 0 and 100 mean: see the scale) over {n} task{'s' * (n != 1)} that all these columns "
         f"have with at least {MIN_FOR_AGGREGATE} seeds: {names}. 95% intervals from a bootstrap stratified by task "
         f"({analysis.replicates:,} replicates), widened by √(n/(n−1)) for few seeds. The IQM leaves out the lowest and "
         "the highest quarter of all runs, with few tasks perhaps a whole task: read it beside the table by task. "
         "Optimality gap: smaller is better."
     )
+    apart = [p for p in family.pairs if p.unequal and {p.a, p.b} <= family.aggregates.keys()]
+    if apart:
+        what = " and ".join(x for x in ("budgets", "physics") if any(x in p.unequal for p in apart))
+        unlike = [c for c in family.aggregates if any(c in (p.a, p.b) for p in apart)]
+        caption += f" Not one comparison: {what} differ among {', '.join(unlike)}."
     return Table(header, rows, caption)
 
 
@@ -148,9 +166,12 @@ def improvement(analysis: Analysis, family: Family) -> Table | None:
         rows.append(row)
     caption = (
         "Probability that a run of the row scores higher than a run of the column on the same task, averaged over the "
-        "tasks both have, with its 95% interval. Bold: the interval excludes one half and the Holm-corrected "
-        "permutation test gives p < 0.05; only then is one called better."
+        "tasks both have, with its 95% interval (a score interval, made for few seeds; where tasks have unequal "
+        "numbers of seeds, as many of each as the poorest has). Bold: the interval excludes one half and the "
+        "Holm-corrected permutation test gives p < 0.05; only then is one called better."
     )
+    if any(p.unequal for p in family.pairs):
+        caption += " Where budgets or physics differ, the numbers are no evidence about the algorithms: never bold."
     return Table([Entry("row beats column"), *(Entry(n) for n in names)], rows, caption)
 
 
@@ -158,7 +179,7 @@ def _pair(p: Pair, turned: bool) -> Entry:
     i = p.probability
     if turned:
         i = Interval(1 - i.value, 1 - i.high, 1 - i.low)
-    strong = p.verdict in ("better", "worse")
+    strong = p.verdict in ("better", "worse")  # so never where protocols, budgets or physics differ
     note = (
         "protocols differ"
         if not p.comparable
@@ -198,11 +219,11 @@ def compute(analysis: Analysis) -> Table:
                 ),
             ]
         )
-    hours = sum(r.hours for r in analysis.compute)
     machines = sorted({m for r in analysis.compute for m in r.machines})
-    caption = (
-        f"{hours:,.{1 if hours >= 1 else 2}f} hours of wall-clock in all, on: {'; '.join(machines)}." if rows else ""
-    )
+    counted = sum(r.hours for r in analysis.compute)
+    caption = f"{_hours(analysis.hours)} hours of wall-clock in all, on: {'; '.join(machines)}." if rows else ""
+    if rows and analysis.hours > 1.001 * counted:
+        caption += f" Of them {_hours(analysis.hours - counted)} in runs that do not count and have no row here."
     if len(machines) > 1:
         caption += " Speeds of different machines are not comparable."
     if rows:
@@ -211,6 +232,94 @@ def compute(analysis: Analysis) -> Table:
             "with the online episodes it took to pick it; all other scores are the last agent's, which need none."
         )
     return Table([Entry(n) for n in names], rows, caption)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.{1 if hours >= 1 else 2}f}"
+
+
+def budgets(family: Family) -> Table | None:
+    """What choosing a policy costs, in numbers."""
+    if not family.budgets:
+        return None
+    at = (1, 10, 50, PULLS)
+    names = ("dataset", "algorithm", "policies", *(f"{n} episode{'s' * (n > 1)}" for n in at), "best of all known")
+    rows = [
+        [
+            Entry(task.name),
+            Entry(b.algo),
+            Entry(str(b.policies), f"{b.configs} config{'s' * (b.configs != 1)}"),
+            *(Entry(number(float(b.value[n - 1]))) for n in at),
+            Entry(number(float(b.expected[-1])), f"expected best of {len(b.expected)}, drawn with replacement"),
+        ]
+        for task, found in family.budgets.items()
+        for b in found
+    ]
+    caption = (
+        "An offline learner leaves a pool of policies (all settings and seeds found here), of which one must be chosen "
+        "by trying them online. A bandit (UCB, α = 2) draws up to 8 of them and plays one stored episode per pull; "
+        "counted is the true score of the policy that then looks best, a mean over 1,000 repeats. No interval: another "
+        "pool (other seeds) might give another curve, and that cannot be told from this one. "
+        f"Pools of fewer than {MIN_POLICIES} policies are left out."
+    )
+    return Table([Entry(n) for n in names], rows, caption)
+
+
+def budget_notes(family: Family) -> list[str]:
+    """What to know about the pools."""
+    notes = []
+    if any(b.configs == 1 for found in family.budgets.values() for b in found):
+        notes.append("A pool of one config holds nothing but luck of the seed to choose from.")
+    for task, found in family.budgets.items():
+        if not any(b.algo == CLONING for b in found):
+            notes.append(
+                f"{task.name}: no pool of cloned policies ({CLONING}). With few episodes to choose by, cloning is "
+                "often the best choice, so run it before choosing among the others."
+            )
+        elif len(found) > 1:
+            notes.append(
+                f"{task.name}: {CLONING} is a pool of its own and in no other. Where its curve lies above another, "
+                "cloning is the better choice at that number of episodes."
+            )
+    return notes
+
+
+_OF_DATA = ("offline_updates", "data_share", "updates_per_step")
+"""Settings that a comparison of learning from data and then online has to name."""
+
+
+def setting_lines(analysis: Analysis) -> list[str]:
+    """The suites these runs belong to, and per family who was given how much."""
+    lines = [f"Suite {s}" for s in dict.fromkeys(r.suite for _, r in analysis.grid.records if r.suite)]
+    for f in analysis.families:
+        runs = [(c, r) for (c, t), cell in analysis.grid.cells.items() if t.family == f.name for r in cell]
+        if not runs:
+            continue
+        made: dict[str, dict[str, None]] = defaultdict(dict)
+        for c, r in runs:
+            if r.status == "done":
+                made[f"{r.steps:,} {r.task.unit}"][c] = None
+        alike = len(made) == 1
+        parts = ["; ".join(what if alike else f"{what} ({', '.join(names)})" for what, names in made.items())]
+        seeds = sorted({len(cell) for (_, t), cell in analysis.grid.cells.items() if t.family == f.name and cell})
+        parts.append(f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else _plural(seeds[0], "seed"))
+        episodes = sorted({len(r.episodes) for _, r in runs if r.status == "done"})
+        if episodes:
+            parts.append(f"scores of {'–'.join(map(str, dict.fromkeys((episodes[0], episodes[-1]))))} episodes")
+        for key in _OF_DATA:
+            values: dict[str, dict[str, None]] = defaultdict(dict)
+            for c, r in runs:
+                if r.settings.get(key) is not None and f.name != "online":
+                    values[str(r.settings[key])][c] = None
+            said = "; ".join(v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items())
+            parts += [f"{key} {said}"] if said else []
+        name = f" ({f.name})" if len(analysis.families) > 1 else ""
+        lines.append(f"Settings{name}: {', '.join(x for x in parts if x)}.")
+    return lines
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def troubles(analysis: Analysis) -> Table:

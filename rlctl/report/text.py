@@ -33,6 +33,7 @@ RUN_FIELDS = (
 def markdown(analysis: Analysis, title: str) -> str:
     """Everything but the figures."""
     parts = [f"# {title}", "", _counts(analysis), ""]
+    parts += [text for line in tables.setting_lines(analysis) for text in (line, "")]
     parts += ["## What these runs say", "", *(f"- {x}" for x in analysis.claims + analysis.cautions), ""]
     if analysis.grid.warnings:
         parts += ["## Protocol warnings", "", *(f"- {x}" for x in analysis.grid.warnings), ""]
@@ -44,6 +45,9 @@ def markdown(analysis: Analysis, title: str) -> str:
             parts += [f"- Not aggregated: {name}: {why}." for name, why in left_out.items()] + [""]
         if (matrix := tables.improvement(analysis, f)) is not None:
             parts += [f"### Probability of improvement: {f.name}", "", *_table(matrix)]
+        if (budgets := tables.budgets(f)) is not None:
+            parts += [f"### What choosing a policy costs: {f.name}", "", *_table(budgets)]
+            parts += [*(f"- {note}" for note in tables.budget_notes(f)), ""]
     if analysis.compute:
         parts += ["## Wall-clock and compute", "", *_table(tables.compute(analysis))]
     if analysis.grid.troubles:
@@ -124,6 +128,7 @@ def as_json(analysis: Analysis) -> str:
         "cautions": analysis.cautions,
         "warnings": analysis.grid.warnings,
         "families": [_family(f) for f in analysis.families],
+        "hours": analysis.hours,
         "compute": [
             {
                 "column": c.column,
@@ -186,6 +191,8 @@ def _family(f: Family) -> dict[str, Any]:
                 "low": None if b.low is None else b.low.tolist(),
                 "high": None if b.high is None else b.high.tolist(),
                 "seeds": b.seeds,
+                "diverged": b.diverged,
+                "without_a_curve": b.without,
             }
             for t, bands in f.curves.items()
             for b in bands

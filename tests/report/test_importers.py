@@ -122,16 +122,91 @@ def test_csv(tmp_path: Path) -> None:
     first, second = runs.load([file])
     assert (first.score, first.task.family, first.task.unit) == (400, "D4RL", "updates")
     assert first.curve[1].tolist() == [100, 400]
-    assert (second.status, second.score) == ("diverged", None)
+    assert (second.status, second.score) == ("failed", None)
     file.write_text("algo,seed\nx,0\n")
     with pytest.raises(UsageError, match="lacks the columns task, step, return"):
         runs.load([file])
-    file.write_text("algo,task,seed,step,return\nx,T,zero,1,2\n")
-    with pytest.raises(UsageError, match="line 2"):
-        runs.load([file])
+    for row in ("x,T,zero,1,2", "x,T,0,nan,2"):
+        file.write_text(f"algo,task,seed,step,return\n{row}\n")
+        with pytest.raises(UsageError, match="line 2"):
+            runs.load([file])
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="not a directory or a CSV file"):
         runs.load([tmp_path / "notes.txt"])
+
+
+TORN = ["npz cut off", "npz of other arrays", "args.yml", "monitor.csv", "scores.csv", "events"]
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_one_torn_file_costs_one_run(tmp_path: Path, what: str) -> None:
+    """The rest of the report stands, and the page says which file it does without."""
+    good = zoo_run(tmp_path, 1)
+    np.savez(good / "evaluations.npz", timesteps=[1, 2], results=[[1.0], [2.0]], ep_lengths=[[1], [1]])
+    bad = zoo_run(tmp_path, 2)
+    paths = [tmp_path]
+    latin = b"r,l,t\n1.0,10,1.0\n" + b"\xe9,\xff,1\n"
+    if what == "npz cut off":
+        whole = (good / "evaluations.npz").read_bytes()
+        (bad / "evaluations.npz").write_bytes(whole[: len(whole) // 2])
+    elif what == "npz of other arrays":
+        np.savez(bad / "evaluations.npz", obs_rms=np.zeros(3))
+    elif what == "args.yml":
+        (bad / "evaluations.npz").write_bytes((good / "evaluations.npz").read_bytes())
+        (bad / "Hopper-v4" / "args.yml").write_text("- - - algo\n    - {ppo\n")
+    elif what == "monitor.csv":
+        (bad / "0.monitor.csv").write_bytes(latin)
+    elif what == "events":
+        (bad / "events.out.tfevents.1.host").write_bytes(b"\x18\x00\x00\x00\x00\x00\x00\x00torn")
+        writer = SummaryWriter(str(bad))
+        writer.add_scalar("charts/episodic_return", 3.0, 1)
+        writer.close()
+        (bad / "Hopper-v4" / "args.yml").write_text("")
+    else:
+        paths.append(tmp_path / "scores.csv")
+        paths[-1].write_bytes(b"algo,task,seed,step,return\ncaf\xe9,T,0,1,2\n")
+    first, *others = runs.load(paths)
+    assert first.score == 2
+    lost = [r for r in others if r.status == "unreadable"]
+    if what == "events":  # TensorBoard itself skips what it cannot read
+        assert not lost
+        return
+    (record,) = lost
+    assert "cannot be read" in record.note
+    assert record.note in page.render(analysis.analyze(grid.build([first, record]), replicates=300), "x").replace(
+        "&#39;", "'"
+    ).replace("&lt;", "<").replace("&gt;", ">").replace("&#34;", '"').replace("&amp;", "&")
+
+
+@pytest.mark.parametrize("what", ["npz", "monitor", "csv", "events"])
+def test_a_score_that_is_no_number_is_a_failed_run(tmp_path: Path, what: str) -> None:
+    folder = zoo_run(tmp_path, 1)
+    given = folder
+    if what == "npz":
+        results = [[1.0, 3.0], [5.0, np.nan]]
+        np.savez(folder / "evaluations.npz", timesteps=[1, 2], results=results, ep_lengths=[[1, 1]] * 2)
+    elif what == "monitor":
+        (folder / "0.monitor.csv").write_text("#{}\nr,l,t\n1.0,10,1.0\nnan,10,2.0\n3.0,nan,3.0\n")
+    elif what == "csv":
+        given = tmp_path / "scores.csv"
+        given.write_text("algo,task,seed,step,return\nx,T,0,1,2\nx,T,0,2,inf\n")
+    else:
+        writer = SummaryWriter(str(folder))
+        for step in range(20):
+            writer.add_scalar("charts/episodic_return", 1.0 if step < 19 else float("nan"), step)
+        writer.close()
+    (found,) = runs.load([given])
+    assert (found.status, found.score) == ("failed", None)
+    assert "not finite" in found.note
+    assert np.isfinite(found.curve[1]).all()
+    page.render(analysis.analyze(grid.build([found]), replicates=300), "x")
+
+
+def test_a_csv_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "scores.csv"
+    file.write_bytes(b"\xef\xbb\xbfalgo,task,seed,step,return\r\nx,T,0,1,2\r\n")
+    (found,) = runs.load([file])
+    assert (found.algo, found.score) == ("x", 2)
 
 
 def test_imported_columns_are_marked_and_not_compared(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import yaml
 
+from rlctl.data.reference import normalized_score
 from rlctl.errors import UsageError
-from rlctl.report import analysis, grid, page, runs, stats, svg, tables, text
+from rlctl.report import analysis, charts, grid, page, runs, stats, svg, tables, text
 from rlctl.report.charts import Line, Panel
 from rlctl.report.runs import RunRecord, Task
+from rlctl.report.scale import scale_of
 
 Write = Callable[..., Path]
 DIVERGED = "Diverged: losses/value became non-finite at env step 500,000, update 10"
@@ -202,7 +204,7 @@ def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_pa
     ]
     root = tmp_path / "runs"
     write_run("ppo", "Ant-v5", 0, 1000.0)
-    plan = {"suite": "mine", "command": ["rlctl", "bench", "mine"], "cells": cells}
+    plan = {"suite": "mine", "description": "What it is for.", "command": ["rlctl", "bench", "mine"], "cells": cells}
     (root / "bench.json").write_text(json.dumps(plan))
     lost = {"time": 1.0, "event": "lost", "cell": "x/s2", "error": "the worker was killed"}
     (root / "ledger.jsonl").write_text(json.dumps(lost) + "\n{torn")
@@ -217,6 +219,7 @@ def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_pa
     shown = page.render(analysis.analyze(g, replicates=300), "x")
     assert "3 runs, 3 finished" in shown
     assert "rlctl bench mine" in shown
+    assert "Suite mine: What it is for." in shown
     (root / "bench.json").write_text("{")
     assert [r.status for r in runs.load([root])].count("unreadable") == 1
 
@@ -259,9 +262,111 @@ def test_d4rl_and_minari_never_share_a_table(write_run: Write, tmp_path: Path) -
     shown = page.render(a, "x")
     assert "Scores: D4RL" in shown
     assert "Scores: Minari" in shown
+    md = text.markdown(a, "x")
+    assert "What choosing a policy costs: D4RL" in md
+    assert "no pool of cloned policies (bc)" in md
     (budget,) = [b for b in a.families[0].budgets[a.families[0].tasks[0]] if b.algo == "iql"]
     assert (budget.policies, budget.configs, len(budget.value)) == (5, 1, analysis.PULLS)
     assert "A pool of one config holds nothing but luck of the seed" in shown
+
+
+def offline_to_online(folder: Path, stages: list[tuple[int, int, float]], final: float | None, **record: Any) -> None:
+    """Turn a made-up run into one from a dataset to its environment: evaluations (env_steps, updates, return)."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["env"], config["agent"]["offline_updates"], config["agent"]["data_share"] = "Hopper-v5", 300, 0.5
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run = json.loads((folder / "run.json").read_text()) | {"env": "Hopper-v5"} | record
+    (folder / "run.json").write_text(json.dumps(run))
+    rows = [(s, u, r + d, False) for s, u, r in stages for d in (-1.0, 1.0)]
+    rows += [] if final is None else [(*stages[-1][:2], final, True)]
+    lines = [
+        json.dumps({"env_steps": s, "updates": u, "return": r, "deterministic": True, "final": end})
+        for s, u, r, end in rows
+    ]
+    (folder / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"env_steps": stages[-1][0], "updates": stages[-1][1]}) + "\n")
+
+
+def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
+    """The curve begins at the score of the whole offline part; a run that ended in it stays in its column."""
+    more = {"data": "hopper-medium-v2", "dataset": dataset("hopper-medium-v2", "D4RL", 2), "steps": 200}
+    offline = [(0, 100, 10.0), (0, 200, 500.0), (0, 300, 900.0)]
+    for seed in range(3):
+        folder = write_run("iql", "Hopper-v5", seed, 900.0, **more)
+        offline_to_online(folder, [*offline, (100, 400, 1000.0), (200, 500, 1100.0)], 1200.0)
+    folder = write_run("iql", "Hopper-v5", 3, 900.0, status="failed", error=DIVERGED, **more)
+    offline_to_online(folder, offline[:2], None)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"progress": 250}))
+    folder = write_run("iql", "Hopper-v5", 4, 900.0, status="failed", error="OSError: gone", **more)
+    offline_to_online(folder, offline[:1], None)
+    a = analyzed(tmp_path)
+    (f,) = a.families
+    assert (f.name, [t.name for t in f.tasks]) == ("D4RL, then online", ["Hopper-v5 from hopper-medium-v2"])
+    runs_of = a.grid.cells["iql", f.tasks[0]]
+    assert [r.score for r in runs_of] == [1200, 1200, 1200, 500]
+    assert [r.steps for r in runs_of] == [200, 200, 200, 0]
+    assert [c.tolist() for c in runs_of[0].curve] == [[0, 100, 200], [900, 1000, 1100]]
+    (band,) = f.curves[f.tasks[0]]
+    assert (band.x[0], band.y[0]) == (0, (3 * 900 + 500) / 4)
+    assert band.y[-1] == (3 * 1100 + 500) / 4
+    assert f.budgets == {}  # there is an environment to learn in, so nothing to be chosen by playing
+    assert any("offline_updates 300, data_share 0.5" in line for line in tables.setting_lines(a))
+    assert [r.status for _, r in a.grid.troubles] == ["diverged", "failed"]
+
+
+def test_few_policies_are_nothing_to_choose_from(write_run: Write, tmp_path: Path) -> None:
+    for algo, seeds in (("bc", 3), ("iql", 2)):
+        for seed in range(seeds):
+            more = {"data": "hopper-medium-v2", "dataset": dataset("hopper-medium-v2", "D4RL", 2), "steps": 1000}
+            write_run(algo, "Hopper-v5", seed, 1500.0 + 100 * seed, evaluations=3, **more)
+    a = analyzed(tmp_path)
+    (f,) = a.families
+    ((found,),) = f.budgets.values()
+    assert (found.algo, found.policies) == ("bc", 3)
+    bandit, known = charts.budget_panels(a, f)
+    assert all(line.low is None for p in (bandit, known) for line in p.lines)
+    assert known.lines[0].x.tolist() == [1, 2, 3]
+    assert known.lines[0].y[0] == pytest.approx(np.mean([found.value[0]]), rel=0.05)  # one draw is one draw
+    assert (np.diff(known.lines[0].y) > 0).all()
+    assert "No interval" in page.render(a, "x")
+    with_csv = tables.budgets(f)
+    assert with_csv is not None
+    assert [e.text for e in with_csv.rows[0][:3]] == ["hopper-medium-v2", "bc", "3"]
+
+
+def test_other_data_and_other_engines_are_warned_of(write_run: Write, tmp_path: Path) -> None:
+    about = dataset("hopper-medium-v2", "D4RL", 2)
+    for algo, seed, mark, engine in (("iql", 0, "a", "cpu"), ("iql", 1, "b", "cpu"), ("bc", 0, "a", "warp")):
+        folder = write_run(algo, "Hopper-v5", seed, 1.0, data="hopper-medium-v2", dataset=about, steps=100)
+        record = json.loads((folder / "run.json").read_text()) | {"engine": engine}
+        record["dataset"]["sha256"] = mark * 64
+        (folder / "run.json").write_text(json.dumps(record))
+    warnings = grid.build(runs.load([tmp_path])).warnings
+    a, b = "a" * 12, "b" * 12
+    assert f"iql on hopper-medium-v2 learned from 2 different sets: {a}, {b}." in warnings
+    assert f"Rows of the dataset differ on hopper-medium-v2: {a}, {b}." in warnings
+    assert "Engines differ on hopper-medium-v2: cpu, warp." in warnings
+
+
+def test_all_hours_are_counted(write_run: Write, tmp_path: Path) -> None:
+    write_run("ppo", "Hopper-v5", 0, 1000.0)
+    write_run("ppo", "Hopper-v5", 1, 1000.0, status="failed", error="OSError: gone", made=0.4)
+    a = analyzed(tmp_path)
+    each = 1e6 / 2e4 + 1e6 / 1.2e4 + 1e6 / 9e4
+    assert a.hours == pytest.approx(1.4 * each / 3600)
+    assert sum(row.hours for row in a.compute) == pytest.approx(each / 3600)
+    assert "0.06 hours of wall-clock in all" in tables.compute(a).caption
+    assert "0.02 in runs that do not count" in tables.compute(a).caption
+
+
+def test_the_control_suite_has_the_scale_of_its_definition() -> None:
+    scale = scale_of(Task("online", "dmc:hopper-stand", "dmc:hopper-stand"))
+    assert scale is not None
+    assert scale(np.array([0.0, 730.0])).tolist() == [0, 73]  # as a run scores itself
+    assert normalized_score("dmc:hopper-stand", 730.0) == 73
+    assert "not a random policy's" in scale.source
+    assert scale_of(Task("online", "dmc:hopper-stand (physics=native)", "dmc:hopper-stand")) is None
 
 
 # ----------------------------------------------------------------------------------------------------- what may be said
@@ -331,6 +436,7 @@ def test_a_pair_needs_both_tests_and_one_protocol() -> None:
     assert better._replace(p=0.06).verdict == "not separated"
     assert better._replace(probability=stats.Interval(0.7, 0.45, 0.9)).verdict == "not separated"
     assert better._replace(comparable=False).verdict == "protocols differ"
+    assert better._replace(unequal="budgets and physics").verdict == "budgets and physics differ"
     worse = stats.Interval(0.1, 0.0, 0.3)
     assert better._replace(probability=worse, difference=-1.0).verdict == "worse"
     assert better._replace(probability=worse).verdict == "not separated"
@@ -345,24 +451,42 @@ def test_winning_most_draws_is_not_better_where_the_mean_says_otherwise() -> Non
     assert analysis.separated(probability, p, difference) == 0
 
 
-def test_a_claim_names_unequal_budgets(write_run: Write, tmp_path: Path) -> None:
+def test_unequal_budgets_forbid_a_claim(write_run: Write, tmp_path: Path) -> None:
     for seed in range(5):
         write_run("ppo", "Hopper-v5", seed, 1000.0 + seed, steps=200_000)
         write_run("sac", "Hopper-v5", seed, 3000.0 + seed)
     a = analyzed(tmp_path)
     assert a.families[0].pairs[0].unequal == "budgets"
-    assert a.claims[0].startswith("sac scores higher than ppo on Hopper-v5")
-    assert a.claims[0].endswith("But their budgets differ.")
+    assert a.families[0].pairs[0].verdict == "budgets differ"
+    assert a.claims == []
+    assert "Not compared, because they were given different budgets: ppo and sac." in a.cautions
+    f = a.families[0]
+    matrix, results, aggregates = tables.improvement(a, f), tables.results(a, f), tables.aggregates(a, f)
+    assert matrix is not None
+    assert aggregates is not None
+    assert not any(e.strong for row in matrix.rows + results.rows for e in row)
+    assert "no evidence about the algorithms" in matrix.caption
+    assert "budgets differ among ppo, sac" in aggregates.caption
+    (line,) = tables.setting_lines(a)
+    assert "200,000 environment steps (ppo); 1,000,000 environment steps (sac)" in line
+    assert line in page.render(a, "x")
+    assert line in text.markdown(a, "x")
 
 
 def test_equal_algorithms_are_rarely_separated() -> None:
-    """The verdict holds its level over many made-up studies of two equal algorithms on three tasks."""
+    """The verdict holds its level over many made-up studies of two equal algorithms on three tasks.
+
+    And is not to be had by never separating anything: twice the spread apart, the better one is found.
+    """
     g = np.random.default_rng(0)
-    wrong = 0
+    wrong = right = 0
     for _ in range(60):
         x, y = ([g.normal(1000 * 10.0**t, 200 * 10.0**t, size=5) for t in range(3)] for _ in range(2))
         wrong += analysis.Pair("a", "b", [], *analysis.compare(x, y, g), True).verdict != "not separated"
+        higher = [s + 400 * 10.0**t for t, s in enumerate(x)]
+        right += analysis.Pair("a", "b", [], *analysis.compare(higher, y, g), True).verdict == "better"
     assert wrong <= 7  # 5% of 60 are 3; more than 7 has probability 0.01
+    assert right >= 55
 
 
 def test_a_diverged_seed_lowers_its_column(write_run: Write, tmp_path: Path) -> None:
@@ -375,8 +499,17 @@ def test_a_diverged_seed_lowers_its_column(write_run: Write, tmp_path: Path) -> 
     assert len(cell.raw) == 5
     assert cell.diverged == 1
     assert cell.raw[4] < 0.8 * cell.raw[:4].mean()
-    assert f.curves[f.tasks[0]][0].x[-1] == 1_000_000  # the curve of the others is not cut short
+    (curve,) = f.curves[f.tasks[0]]
+    assert curve.x[-1] == 1_000_000  # the curve of the others is not cut short
+    ends = [r.curve[1][-1] for r in a.grid.cells["ppo", f.tasks[0]]]
+    assert curve.y[-1] == pytest.approx(np.mean(ends))  # the diverged one's last value carried on
+    assert (curve.seeds, curve.diverged, curve.without) == (5, 1, 0)
+    (efficiency,) = f.efficiency
+    assert (efficiency.seeds, efficiency.diverged) == (5, 1)
+    assert efficiency.y[-1] == pytest.approx(float(stats.iqm(f.scales[f.tasks[0]](np.array(ends))[:, None])))
     shown = page.render(a, "x")
+    assert "5 runs, 4 finished, 1 diverged, 1 column" in shown
+    assert shown.count("1 diverged run among them, each with its last value carried on to the end.") == 2
     assert "1 diverged †" in shown
     assert "1 diverged; 1 of them count" in shown
 

@@ -179,6 +179,28 @@ def test_a_model_of_theirs_acts_in_our_tools(normalize: bool) -> None:
     assert sorted(ours.returns) == pytest.approx(sorted(returns), rel=1e-5)
 
 
+@pytest.mark.parametrize(("changed", "refused"), [({"clip_obs": 5.0}, True), ({"epsilon": 1e-4}, True), ({}, False)])
+def test_a_normaliser_that_cannot_be_followed_is_refused(changed: dict[str, float], refused: bool) -> None:
+    vec: Any = SB3VecEnv(rlctl_envs.make("Hopper", 2, seed=0))
+    norm = VecNormalize(vec, **changed)
+    model = sb3.PPO("MlpPolicy", norm, n_steps=32, batch_size=32, device="cpu")
+    if not refused:
+        assert wrap(model, norm).cfg.normalize
+        return
+    with pytest.raises(ValueError, match=r"supported are clip_obs=10, epsilon=1e-08"):
+        wrap(model, norm)
+
+
+def test_a_normaliser_of_rewards_alone_leaves_observations_alone() -> None:
+    vec: Any = SB3VecEnv(rlctl_envs.make("Hopper", 2, seed=0))
+    norm = VecNormalize(vec, norm_obs=False, clip_obs=1.0)
+    model = sb3.PPO("MlpPolicy", norm, n_steps=32, batch_size=32, device="cpu")
+    obs = 40 * torch.ones(3, 11)
+    ours, _ = wrap(model, norm).act(obs, explore=False)
+    theirs, _ = model.predict(obs.numpy(), deterministic=True)
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5)
+
+
 def test_normalisation_is_vecnormalizes() -> None:
     vec = SB3VecEnv(rlctl_envs.make("Hopper", 3, seed=0))
     norm = VecNormalize(vec)
