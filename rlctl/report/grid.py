@@ -302,7 +302,9 @@ def across(task: Task, cells: Mapping[str, Sequence[RunRecord]], alone: bool = T
         out.append(f"Scores on {task.name} rest on as few as {short[0]} episodes; {FINAL_EPISODES} are the rule.")
     if any(r.protocol != LAST_AGENT and r.status == "done" for r in ours):
         out.append(f"On {task.name} some runs made no final evaluation: the last one in training stands in.")
-    if task.family not in ("online", "D4RL"):
+    if task.family == "D4RL, then online":
+        out.append(f"{task.name} went on online: its normalised scores belong in no table of D4RL's offline results.")
+    elif task.family not in ("online", "D4RL"):
         out.append(
             f"{task.name} is not D4RL's own data: its normalised scores are on D4RL's scale but belong in no table "
             "with D4RL's."

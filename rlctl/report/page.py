@@ -129,7 +129,8 @@ def _protocols(analysis: Analysis) -> list[str]:
     for c in analysis.grid.columns:
         runs = [r for (name, _), cell in analysis.grid.cells.items() if name == c.name for r in cell]
         for r in runs:
-            names = found.setdefault(f"{r.protocol} ({_episodes([len(x.episodes) for x in runs])})", [])
+            counts = [len(x.episodes) for x in runs if x.protocol == r.protocol]
+            names = found.setdefault(f"{r.protocol} ({_episodes(counts)})", [])
             if c.name not in names:
                 names.append(c.name)
     return [f"{', '.join(names)}: {what}" for what, names in found.items()]

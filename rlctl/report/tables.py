@@ -171,7 +171,9 @@ def improvement(analysis: Analysis, family: Family) -> Table | None:
         "Holm-corrected permutation test gives p < 0.05; only then is one called better."
     )
     if any(p.unequal for p in family.pairs):
-        caption += " Where budgets or physics differ, the numbers are no evidence about the algorithms: never bold."
+        caption += (
+            " Where budgets or physics differ, the numbers are no evidence about the algorithms: no shade, no verdict."
+        )
     return Table([Entry("row beats column"), *(Entry(n) for n in names)], rows, caption)
 
 
@@ -186,7 +188,8 @@ def _pair(p: Pair, turned: bool) -> Entry:
         else f"p = {p_value(p.p)}" + (f"\n{p.unequal} differ" if p.unequal else "")
     )
     title = f"{len(p.tasks)} tasks: {', '.join(t.name for t in p.tasks)}; {note}"
-    return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}]\n{note}", strong, 2 * i.value - 1, title)
+    shade = 2 * i.value - 1 if p.comparable and not p.unequal else None
+    return Entry(f"{i.value:.2f}", f"[{i.low:.2f}, {i.high:.2f}]\n{note}", strong, shade, title)
 
 
 def compute(analysis: Analysis) -> Table:
@@ -256,7 +259,7 @@ def budgets(family: Family) -> Table | None:
         for b in found
     ]
     caption = (
-        "An offline learner leaves a pool of policies (all settings and seeds found here), of which one must be chosen "
+        "An offline learner leaves a pool of policies (all settings and seeds that finished here), of which one must be chosen "
         "by trying them online. A bandit (UCB, α = 2) draws up to 8 of them and plays one stored episode per pull; "
         "counted is the true score of the policy that then looks best, a mean over 1,000 repeats. No interval: another "
         "pool (other seeds) might give another curve, and that cannot be told from this one. "

@@ -103,6 +103,20 @@ def test_compare_says_where(cli: Cli, tmp_path: Path) -> None:
     assert "no, worse" in cli("compare", b, a).out
 
 
+def test_compare_says_what_it_leaves_out_and_what_differs(cli: Cli, tmp_path: Path) -> None:
+    a = scores(tmp_path / "a.csv", {"x": 1000}, 8)
+    more = scores(tmp_path / "c.csv", {"x": 2000}, 5, ("Hopper-v5",)).read_text().split("\n", 1)[1]
+    text = scores(tmp_path / "b.csv", {"x": 1000}, 5, ("Ant-v5",)).read_text() + more
+    (tmp_path / "b.csv").write_text(text.replace(",1000,", ",500,"))
+    r = cli("compare", a, tmp_path / "b.csv")
+    assert r.code == 0
+    assert "warning: Budgets differ on Ant-v5" in r.out
+    assert "Their budgets differ: that may be all there is to it." in r.out
+    (tmp_path / "d.csv").write_text(a.read_text() + scores(tmp_path / "e.csv", {"x": 9}, 9).read_text().split("\n")[-2])
+    r = cli("compare", tmp_path / "d.csv", a)
+    assert "; over all tasks the first 8 of each count." in r.out
+
+
 def test_compare_of_two_runs_gives_no_verdict(cli: Cli, ppo_run: Path, sac_run: Path) -> None:
     r = cli("compare", ppo_run, sac_run)
     assert r.code == 0

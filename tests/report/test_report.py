@@ -310,6 +310,7 @@ def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
     (band,) = f.curves[f.tasks[0]]
     assert (band.x[0], band.y[0]) == (0, (3 * 900 + 500) / 4)
     assert band.y[-1] == (3 * 1100 + 500) / 4
+    assert "Hopper-v5 from hopper-medium-v2 went on online" in "".join(a.grid.warnings)
     assert f.budgets == {}  # there is an environment to learn in, so nothing to be chosen by playing
     assert any("offline_updates 300, data_share 0.5" in line for line in tables.setting_lines(a))
     assert [r.status for _, r in a.grid.troubles] == ["diverged", "failed"]
@@ -464,7 +465,7 @@ def test_unequal_budgets_forbid_a_claim(write_run: Write, tmp_path: Path) -> Non
     matrix, results, aggregates = tables.improvement(a, f), tables.results(a, f), tables.aggregates(a, f)
     assert matrix is not None
     assert aggregates is not None
-    assert not any(e.strong for row in matrix.rows + results.rows for e in row)
+    assert not any(e.strong or e.shade for row in matrix.rows + results.rows for e in row)
     assert "no evidence about the algorithms" in matrix.caption
     assert "budgets differ among ppo, sac" in aggregates.caption
     (line,) = tables.setting_lines(a)

@@ -196,7 +196,7 @@ def test_a_normaliser_of_rewards_alone_leaves_observations_alone() -> None:
     norm = VecNormalize(vec, norm_obs=False, clip_obs=1.0)
     model = sb3.PPO("MlpPolicy", norm, n_steps=32, batch_size=32, device="cpu")
     obs = 40 * torch.ones(3, 11)
-    ours, _ = wrap(model, norm).act(obs, explore=False)
+    ours = wrap(model, norm).act(obs, explore=False)[0].detach()
     theirs, _ = model.predict(obs.numpy(), deterministic=True)
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5)
 
