@@ -28,7 +28,10 @@ PULLS = 200
 BUDGETS_MAX = 50
 MIN_POLICIES = 3
 """In a pool from which choosing is worth a curve."""
+DRAWN = 8
+"""Policies that the bandit chooses among."""
 CLONING = "bc"
+"""The algorithm that is often the best choice where few episodes are left to choose by."""
 METRICS: dict[str, stats.Statistic] = {
     "IQM": stats.iqm,
     "median": stats.median,
@@ -130,7 +133,7 @@ class Budget(NamedTuple):
     error: Floats
     """Of that mean, from the finite number of draws alone: it says nothing about other seeds."""
     expected: Floats
-    """Expected best of k policies, k = 1 ..., whose true scores are known."""
+    """Expected best of k different policies, k = 1 ..., whose true scores are known: what the bandit nears at its k."""
 
 
 class Compute(NamedTuple):
@@ -508,9 +511,10 @@ def _budgets(grid: Grid, task: Task, scale: Scale | None, rng: np.random.Generat
         if len(runs) < MIN_POLICIES:
             continue
         episodes = [np.asarray(r.episodes) if scale is None else scale(np.asarray(r.episodes)) for r in runs]
-        value, error = stats.ucb_budget_curve([e.tolist() for e in episodes], rng, pulls=PULLS)
+        value, error = stats.ucb_budget_curve([e.tolist() for e in episodes], rng, pulls=PULLS, policies=DRAWN)
         truth = np.array([e.mean() for e in episodes])
-        expected = np.array([stats.expected_maximum(truth, k) for k in range(1, min(len(runs), BUDGETS_MAX) + 1)])
+        known = range(1, min(len(runs), BUDGETS_MAX) + 1)
+        expected = np.array([stats.expected_maximum(truth, k, replacement=False) for k in known])
         configs = len({r.config for r in runs})
         found.append(Budget(algo, len(runs), configs, np.arange(1.0, PULLS + 1), value, error, expected))
     return found

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rlctl.report.analysis import (
     CLONING,
+    DRAWN,
     METRICS,
     MIN_POLICIES,
     PULLS,
@@ -246,22 +247,23 @@ def budgets(family: Family) -> Table | None:
     if not family.budgets:
         return None
     at = (1, 10, 50, PULLS)
-    names = ("dataset", "algorithm", "policies", *(f"{n} episode{'s' * (n > 1)}" for n in at), "best of all known")
+    names = ("dataset", "algorithm", "policies", *(f"{n} episode{'s' * (n > 1)}" for n in at), "best of k known")
     rows = [
         [
             Entry(task.name),
             Entry(b.algo),
             Entry(str(b.policies), f"{b.configs} config{'s' * (b.configs != 1)}"),
             *(Entry(number(float(b.value[n - 1]))) for n in at),
-            Entry(number(float(b.expected[-1])), f"expected best of {len(b.expected)}, drawn with replacement"),
+            Entry(number(float(b.expected[min(b.policies, DRAWN) - 1])), f"k = {min(b.policies, DRAWN)}"),
         ]
         for task, found in family.budgets.items()
         for b in found
     ]
     caption = (
-        "An offline learner leaves a pool of policies (all settings and seeds that finished here), of which one must be chosen "
-        "by trying them online. A bandit (UCB, α = 2) draws up to 8 of them and plays one stored episode per pull; "
-        "counted is the true score of the policy that then looks best, a mean over 1,000 repeats. No interval: another "
+        "An offline learner leaves a pool of policies (all settings and seeds that finished here), of which one must "
+        f"be chosen by trying them online. A bandit (UCB, α = 2) draws up to {DRAWN} of them and plays one stored "
+        "episode per pull; counted is the true score of the policy that then looks best, a mean over 1,000 repeats. "
+        "Best of k: what k different ones give whose true scores are known, in closed form. No interval: another "
         "pool (other seeds) might give another curve, and that cannot be told from this one. "
         f"Pools of fewer than {MIN_POLICIES} policies are left out."
     )

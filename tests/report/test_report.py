@@ -329,6 +329,7 @@ def test_few_policies_are_nothing_to_choose_from(write_run: Write, tmp_path: Pat
     assert all(line.low is None for p in (bandit, known) for line in p.lines)
     assert known.lines[0].x.tolist() == [1, 2, 3]
     assert known.lines[0].y[0] == pytest.approx(np.mean([found.value[0]]), rel=0.05)  # one draw is one draw
+    assert known.lines[0].y[-1] == pytest.approx(bandit.lines[0].y[-1], rel=0.02)  # it has found the best of three
     assert (np.diff(known.lines[0].y) > 0).all()
     assert "No interval" in page.render(a, "x")
     with_csv = tables.budgets(f)
