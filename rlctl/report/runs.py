@@ -144,7 +144,9 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
     for where, c in cells.items():
         if where in started:
             continue
-        guess = Task("online", c["source"], c["env"]) if c["data"] is None else Task("own data", c["source"], c["env"])
+        guess = Task("online", c["source"], c["env"])
+        if c["data"] is not None:
+            guess = _task({}, {"data": c["data"], "env": c["env"]}, online=bool(c.get("offline_updates")))
         note = errors.get(c["id"]) or f"planned by the suite '{name}', not started"
         task = tasks.get(c["source"], guess)
         more = {"label": c["column"], "note": note, "planned": c["steps"], "suite": about}

@@ -316,7 +316,8 @@ def setting_lines(analysis: Analysis) -> list[str]:
             for c, r in runs:
                 if r.settings.get(key) is not None and f.name != "online":
                     values[str(r.settings[key])][c] = None
-            said = "; ".join(v if len(values) == 1 else f"{v} ({', '.join(names)})" for v, names in values.items())
+            every = len(values) == 1 and all(len(names) == len({c for c, _ in runs}) for names in values.values())
+            said = "; ".join(v if every else f"{v} ({', '.join(names)})" for v, names in values.items())
             parts += [f"{key} {said}"] if said else []
         name = f" ({f.name})" if len(analysis.families) > 1 else ""
         lines.append(f"Settings{name}: {', '.join(x for x in parts if x)}.")

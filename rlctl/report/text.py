@@ -205,6 +205,7 @@ def _family(f: Family) -> dict[str, Any]:
                 "configs": b.configs,
                 "episodes": b.pulls.tolist(),
                 "value": b.value.tolist(),
+                "monte_carlo_error": b.error.tolist(),
                 "expected_maximum": b.expected.tolist(),
             }
             for t, found in f.budgets.items()

@@ -316,6 +316,22 @@ def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
     assert [r.status for _, r in a.grid.troubles] == ["diverged", "failed"]
 
 
+def test_cells_nobody_started_stand_in_the_family_they_were_planned_for(tmp_path: Path) -> None:
+    name = "mujoco/hopper/medium-v0"
+    cells = [
+        {"id": f"iql/{k}", "algo": "iql", "column": "iql", "source": name, "env": "Hopper-v5", "seed": k}
+        | {"data": name, "steps": 100, "offline_updates": updates}
+        for k, updates in enumerate((0, 300))
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"suite": "mine", "cells": cells}))
+    (tmp_path / "s.csv").write_text("algo,task,seed,step,return\nx,T,0,1,2\n")
+    lost = [r.task for r in runs.load([tmp_path, tmp_path / "s.csv"]) if r.status == "missing"]
+    assert [(t.family, t.name) for t in lost] == [
+        ("Minari", name),
+        ("Minari, then online", f"Hopper-v5 from {name}"),
+    ]
+
+
 def test_few_policies_are_nothing_to_choose_from(write_run: Write, tmp_path: Path) -> None:
     for algo, seeds in (("bc", 3), ("iql", 2)):
         for seed in range(seeds):
