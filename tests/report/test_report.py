@@ -317,6 +317,7 @@ def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
 
 
 def test_cells_nobody_started_stand_in_the_family_they_were_planned_for(tmp_path: Path) -> None:
+    """As far as it is known: whose data it is, a plan does not say."""
     name = "mujoco/hopper/medium-v0"
     cells = [
         {"id": f"iql/{k}", "algo": "iql", "column": "iql", "source": name, "env": "Hopper-v5", "seed": k}
@@ -327,8 +328,8 @@ def test_cells_nobody_started_stand_in_the_family_they_were_planned_for(tmp_path
     (tmp_path / "s.csv").write_text("algo,task,seed,step,return\nx,T,0,1,2\n")
     lost = [r.task for r in runs.load([tmp_path, tmp_path / "s.csv"]) if r.status == "missing"]
     assert [(t.family, t.name) for t in lost] == [
-        ("Minari", name),
-        ("Minari, then online", f"Hopper-v5 from {name}"),
+        ("own data", name),
+        ("own data, then online", f"Hopper-v5 from {name}"),
     ]
 
 
