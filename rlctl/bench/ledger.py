@@ -44,7 +44,7 @@ class State:
     attempts: int = 0
     """Times it was started."""
     bad: int = 0
-    """Attempts that failed or were lost, since the last `retry`."""
+    """Attempts that failed or were lost since the last `retry`, and since one of them got further than all before."""
     error: str = ""
     log: str = ""
     since: float = 0.0
@@ -61,13 +61,11 @@ class Ledger:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        if not _locked(self._lock):
             raise UsageError(
                 f"{folder} is being worked on by another driver ({holder(folder)}): watch it with "
                 f"`rlctl bench --status {folder}`, or stop it first"
-            ) from e
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -118,6 +116,17 @@ class Ledger:
         if self._file is not None:
             self._file.close()
         self._lock.close()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock; more than one try, for somebody who only asks whether it is held (`is_held`) has it a moment."""
+    for wait in (0.05, 0.1, 0.2, 0.0):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(wait)
+    return False
 
 
 def _open_lines(file: Path) -> IO[str]:
@@ -183,7 +192,7 @@ def _state(run: Path, rows: list[dict[str, Any]], live: bool) -> State:
         status = "failed"
     else:  # interrupted, or done by a run directory that is no longer there
         status = "interrupted" if last["event"] == "interrupted" else "waiting"
-    return State(status, attempts, len(bad), error, log, since)
+    return State(status, attempts, _stuck(bad), error, log, since)
 
 
 def holder(folder: Path) -> str:
@@ -198,7 +207,17 @@ def is_held(file: Path) -> bool:
         return False
     with file.open("a") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask do not deceive each other
         except OSError:
             return True
     return False
+
+
+def _stuck(bad: list[dict[str, Any]]) -> int:
+    """How many attempts ended badly since the last one that got further (`at`, steps) than all before it."""
+    count, best = 0, -1
+    for r in bad:
+        at = int(r.get("at", 0))
+        count = 1 if at > best else count + 1
+        best = max(best, at)
+    return count

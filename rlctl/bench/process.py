@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 60.0
-"""Seconds a cell has to write its checkpoint when it is asked to end."""
+"""Seconds a cell has to write its checkpoint when it is asked to end; then it is killed."""
+STALL = 30 * 60.0
+"""Seconds without a sign of life after which a cell is taken to hang, if nothing is said."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -26,10 +28,12 @@ class Job:
     folder: str
     """The run directory, absolute, on a file system that driver and worker share."""
     config: dict[str, Any]
-    """The resolved settings."""
+    """Its settings, as a layer of `rlctl.experiment.resolve`."""
     log: str
     """Where stdout and stderr of this attempt go."""
     threads: int = 1
+    stall: float = STALL
+    """Seconds without a new metric row, evaluation or checkpoint after which it is taken to hang; 0: never."""
     note: dict[str, Any] = field(default_factory=dict)
     """Goes into run.json."""
     cwd: str = field(default_factory=os.getcwd)
@@ -54,6 +58,7 @@ class CellProcess:
             )
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(self.process.pid, cores)  # before it has imported anything that starts threads
+        self._kill_at: float | None = None
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
@@ -62,12 +67,16 @@ class CellProcess:
             pass  # it is dead already; its exit code will tell
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
-        return self.process.poll()
+        """The exit code, negative for a signal; None while it runs. Kills one that has not ended when asked to."""
+        code = self.process.poll()
+        if code is None and self._kill_at is not None and time.monotonic() > self._kill_at:
+            self.process.kill()
+        return code
 
     def ask_to_end(self) -> None:
-        """SIGTERM: checkpoint, then exit."""
-        if self.process.poll() is None:
+        """SIGTERM: checkpoint, then exit, within `GRACE` seconds. Asking again changes nothing."""
+        if self._kill_at is None and self.process.poll() is None:
+            self._kill_at = time.monotonic() + GRACE
             self.process.send_signal(signal.SIGTERM)
 
     def watch(self) -> int:

@@ -34,6 +34,7 @@ import yaml
 
 import rlctl_envs
 from rlctl import agents, experiment
+from rlctl.bench.process import STALL
 from rlctl.config import as_plain, build, fingerprint, merge, number, unknown_key
 from rlctl.data.arrays import DatasetError
 from rlctl.errors import UsageError
@@ -112,6 +113,8 @@ class File:
     device: str = "auto"
     threads: Count = 1
     """Threads of each cell, on every executor: results are bit-reproducible for one number of them."""
+    stall_minutes: float = STALL / 60
+    """A cell without a new metric row, evaluation or checkpoint for so long hangs, and is ended and tried again."""
     budgets: dict[str, Count] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
@@ -169,6 +172,8 @@ class Plan:
     cells: list[Cell]
     """Seed by seed: an interrupted grid has fewer seeds of everything, not fewer algorithms."""
     threads: int
+    stall: float = STALL
+    """Seconds without a sign of life after which a cell is ended and tried again; 0: never."""
     missing: list[str] = field(default_factory=list)
     """Datasets that are not on this machine, each with what to do."""
 
@@ -234,7 +239,10 @@ def _plan(path: Path, file: File, seeds: list[int] | None) -> Plan:
         Cell(a.name, s.name, dataclasses.replace(settings, seed=seed)) for seed in chosen for a, s, settings in pairs
     ]
     _unique("cell", [c.id for c in cells], "some")  # names that differ may be one as a folder
-    return Plan(file.name or path.stem, file.description, path, cells, file.threads, _missing(sources))
+    if file.stall_minutes < 0:
+        raise UsageError(f"stall_minutes is a time, or 0 for never, got {file.stall_minutes}")
+    stall = 60.0 * file.stall_minutes
+    return Plan(file.name or path.stem, file.description, path, cells, file.threads, stall, _missing(sources))
 
 
 def _unique(what: str, names: list[str], some: str) -> None:

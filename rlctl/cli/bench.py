@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Argument(
-            help="A suite that is shipped (smoke, online-mujoco, ...) or the path of a YAML file.", metavar="SUITE"
+            help="A suite that is shipped (smoke, online-mujoco, ...) or the path of a YAML file; with --status also a "
+            "folder of results.",
+            metavar="SUITE",
         ),
     ] = None,
     out: Annotated[
@@ -27,11 +30,12 @@ def bench(
         typer.Option("--probe", help="With --dry-run: measure some seconds of every cell whose speed is unknown."),
     ] = False,
     status: Annotated[
-        Path | None,
+        bool,
         typer.Option(
-            help="Show where the cells of a results folder stand, and exit.", metavar="DIR", show_default=False
+            "--status",
+            help="Show where the cells stand, and exit: of the folder or suite given, else of the newest under runs/.",
         ),
-    ] = None,
+    ] = False,
     executor: Annotated[str, typer.Option(help="Where the cells run: local, ray or slurm.")] = "local",
     jobs: Annotated[
         int | None,
@@ -62,6 +66,21 @@ def bench(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try cells again that have used up their retries.")
     ] = False,
+    retry_diverged: Annotated[
+        bool,
+        typer.Option(
+            "--retry-diverged", help="Begin diverged cells anew, after a fix; what they made is kept in .diverged."
+        ),
+    ] = False,
+    stall_minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="End a cell, and try it again, that shows no metrics, evaluation or checkpoint for so long; 0: never. "
+            "The default is the suite's, 30 if it says nothing. It must exceed the longest evaluation.",
+            show_default=False,
+        ),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (plan, status or result).")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -81,22 +100,36 @@ def bench(
 
       rlctl bench my_suite.yaml --out runs/mine --jobs 8
 
-      rlctl bench --status runs/mine
+      rlctl bench --status               # of the newest grid; or: --status runs/mine
 
       rlctl bench my_suite.yaml --executor slurm --option partition=long --option minutes=600
     """
     from rlctl.errors import UsageError
 
-    if status is not None:
-        if suite is not None:
-            raise UsageError("--status shows a folder of results and takes no suite: rlctl bench --status DIR")
-        show_status(status, json_)
+    if status:
+        show_status(_results(suite, out), json_)
         return
     if suite is None:
         raise UsageError("no suite given: name one that is shipped (smoke), or a YAML file; `rlctl bench --help`")
     if probe and not dry_run:
         raise UsageError("--probe only tells what a grid will cost: give it with --dry-run")
-    _run(suite, out, dry_run, probe, executor, jobs, gpus, option or [], seeds, retries, retry_failed, json_, quiet)
+    again = {s for s, asked in (("failed", retry_failed), ("diverged", retry_diverged)) if asked}
+    _run(
+        suite,
+        out,
+        dry_run,
+        probe,
+        executor,
+        jobs,
+        gpus,
+        option or [],
+        seeds,
+        retries,
+        again,
+        stall_minutes,
+        json_,
+        quiet,
+    )
 
 
 def _run(
@@ -110,14 +143,17 @@ def _run(
     option: list[str],
     seeds: str | None,
     retries: int,
-    retry_failed: bool,
+    again: set[str],
+    stall_minutes: float | None,
     json_: bool,
     quiet: bool,
 ) -> None:
+    """`again`: what to forget, of failed and diverged."""
+    import dataclasses
+
     from rlctl.bench import cost, executors
     from rlctl.bench import suite as suites
-    from rlctl.bench.driver import Driver
-    from rlctl.bench.driver import retry_failed as forget_failures
+    from rlctl.bench.driver import Driver, retry_diverged, retry_failed, to_do
     from rlctl.bench.ledger import Ledger, states
     from rlctl.bench.probe import probe as measure
     from rlctl.bench.view import View
@@ -128,16 +164,18 @@ def _run(
     from rlctl_envs.engines import available_cores
 
     plan = suites.load(suite, seeds=None if seeds is None else _seeds(seeds))
+    if stall_minutes is not None:
+        plan = dataclasses.replace(plan, stall=60 * stall_minutes)
     folder = out or Path("runs") / plan.name
     found = states(folder, [c.id for c in plan.cells], live=False)
-    left = [c for c in plan.cells if found[c.id].status not in ("done", "diverged")]
+    left = [c for c in plan.cells if to_do(s := found[c.id], retries) or s.status in again]
     speeds = cost.Speeds([folder, Path("runs")])
     if probe:
         for line in measure(left, speeds, say=lambda line: None if quiet else print(line, file=sys.stderr, flush=True)):
             print(f"rlctl: {line}", file=sys.stderr)
     estimate = cost.estimate(left, speeds)
     if dry_run:
-        _show_plan(plan, folder, left, estimate, jobs or max(available_cores() // plan.threads, 1), json_)
+        _show_plan(plan, folder, found, left, estimate, jobs or max(available_cores() // plan.threads, 1), json_)
         if plan.missing:
             raise UsageError(f"{len(plan.missing)} datasets of the suite are not here, the first: {plan.missing[0]}")
         return
@@ -153,10 +191,12 @@ def _run(
         )
         about = {"executor": executor, "threads": plan.threads, **provenance()}
         ledger.begin(plan, about)
-        if retry_failed:
-            forget_failures(ledger, plan)
+        if "failed" in again:
+            retry_failed(ledger, plan)
+        if "diverged" in again:
+            retry_diverged(ledger, plan)
         view = View(folder, plan.cells, place.slots, quiet=quiet)
-        view.say(f"suite {plan.name}: {len(plan.cells)} cells, {len(plan.cells) - len(left)} finished, in {folder}")
+        view.say(f"suite {plan.name}: {_counted(plan, found, left)}, in {folder}")
         view.say(f"on {place.describe()}")
         for line in estimate.lines(place.slots):
             view.say(line)
@@ -230,17 +270,48 @@ def show_status(folder: Path, json_: bool) -> None:
     runs = [f.parent for f in folder.glob("*/*/s*/run.json")]
     if old := [r for r in runs if r.relative_to(folder).as_posix() not in known]:
         print(
-            f"{len(old)} runs belong to earlier versions of the suite, e.g. {old[0]}: delete them, or report them apart"
+            f"{len(old)} runs are not in the last plan (other seeds, or settings of then), e.g. {old[0]}: "
+            "a report of this folder counts them too"
         )
 
 
-def _show_plan(plan: Any, folder: Path, left: list[Any], estimate: Any, slots: int, json_: bool) -> None:
+def _results(name: str | None, out: Path | None) -> Path:
+    """The folder that --status is about: one of results, that of a suite, or the newest under runs/."""
+    from rlctl.errors import UsageError
+
+    if out is not None or name is not None:
+        if out is not None and name is not None and Path(name) != out and (Path(name) / "bench.json").exists():
+            raise UsageError(f"--status shows one folder of results, got {name} and --out {out}")
+        folder = out or Path(name or "")
+        suite = Path("runs") / folder.stem
+        return suite if not (folder / "bench.json").exists() and (suite / "bench.json").exists() else folder
+    newest = sorted(Path("runs").glob("*/bench.json"), key=lambda f: f.stat().st_mtime)
+    if not newest:
+        raise UsageError("no grid under runs/: name a folder of `rlctl bench`, as in `rlctl bench --status DIR`")
+    return newest[-1].parent
+
+
+def _counted(plan: Any, found: Mapping[str, Any], left: list[Any]) -> str:
+    """Cells, and what will not be run of them."""
+    statuses = [found[c.id].status for c in plan.cells if c not in left]
+    parts = [f"{len(plan.cells)} cells"]
+    parts += [f"{n} {what}" for what in ("done", "diverged") if (n := statuses.count(what))]
+    if n := sum(s not in ("done", "diverged") for s in statuses):
+        parts.append(f"{n} failed with their retries used up (--retry-failed)")
+    return ", ".join([*parts, f"{len(left)} to do"])
+
+
+def _show_plan(
+    plan: Any, folder: Path, found: Mapping[str, Any], left: list[Any], estimate: Any, slots: int, json_: bool
+) -> None:
     from rlctl.bench import cost
     from rlctl.cli.output import print_json, print_table
 
     todo = {c.id for c in left}
     if json_:
-        cells = [{"id": c.id, "steps": c.steps, "to_do": c.id in todo} for c in plan.cells]
+        cells = [
+            {"id": c.id, "steps": c.steps, "status": found[c.id].status, "to_do": c.id in todo} for c in plan.cells
+        ]
         print_json(
             {
                 "suite": plan.name,
@@ -263,12 +334,13 @@ def _show_plan(plan: Any, folder: Path, left: list[Any], estimate: Any, slots: i
                 source,
                 f"{cs[0].steps:,}",
                 " ".join(str(c.seed) for c in cs),
-                sum(c.id not in todo for c in cs),
+                sum(found[c.id].status == "done" for c in cs),
                 cs[0].key,
             ]
             for (column, source), cs in rows.items()
         ],
     )
+    print(_counted(plan, found, left))
     for line in estimate.lines(slots):
         print(line)
     for line in plan.missing:

@@ -42,6 +42,13 @@ def tune(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting that is the same in all runs.")
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Runs side by side, one process and one thread each.")] = 1,
+    executor: Annotated[
+        str, typer.Option(help="Where the runs happen, as for `rlctl bench`: local, ray or slurm.")
+    ] = "local",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of the executor, e.g. partition=long."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the study; given again, the study goes on.")] = Path(
         "studies/study"
     ),
@@ -64,15 +71,19 @@ def tune(
 
       rlctl tune my_study.yaml --out studies/mine
 
+      rlctl tune my_study.yaml --executor slurm --slots 32 --option minutes=240 --out studies/cluster
+
       rlctl tune --out studies/mine      # go on
     """
     import importlib.util
 
     from rich.console import Console
 
+    from rlctl.bench import executors
     from rlctl.cli.output import print_json, print_table
+    from rlctl.config import parse_overrides
     from rlctl.errors import UsageError
-    from rlctl.tune import LocalRunner, Plan, Tuner, parse_param
+    from rlctl.tune import ExecutorRunner, Plan, Tuner, parse_param
     from rlctl.tune.study import LEVEL
 
     if importlib.util.find_spec("optuna") is None:
@@ -101,7 +112,13 @@ def tune(
         if not quiet:
             console.print(line, markup=False)
 
-    tuner = Tuner(out, plan, LocalRunner(slots), say=say)
+    # a machine on which one searches is seldom alone: no pinning, unless asked for
+    options = ({"pin": False} if executor == "local" else {}) | dict(parse_overrides(option or []))
+
+    def runner() -> ExecutorRunner:
+        return ExecutorRunner(executors.make(executor, slots=slots, threads=1, folder=out, **options))
+
+    tuner = Tuner(out, plan, runner, say=say)
     p = tuner.plan
     runs = len(p.tasks) * (p.trials * p.seeds + (p.top + 1) * p.confirm_seeds)
     say(f"{p.trials} trials of {p.algo} on {', '.join(p.tasks)}, {p.seeds} seeds each: {runs} runs at most, in {out}")

@@ -5,8 +5,8 @@ best ones, which were also the luckiest, are run again on fresh seeds beside the
 separated from the default is called better.
 """
 
-from rlctl.tune.runner import Cell, Handle, LocalRunner, Runner
+from rlctl.tune.runner import Cell, ExecutorRunner, Handle, Runner, local
 from rlctl.tune.space import Param, parse_param
 from rlctl.tune.study import Plan, Tuner
 
-__all__ = ["Cell", "Handle", "LocalRunner", "Param", "Plan", "Runner", "Tuner", "parse_param"]
+__all__ = ["Cell", "ExecutorRunner", "Handle", "Param", "Plan", "Runner", "Tuner", "local", "parse_param"]

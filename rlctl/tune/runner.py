@@ -1,46 +1,42 @@
-"""Where the runs of a study happen. `Runner` is all that a study knows of it; `LocalRunner` starts processes here."""
+"""Where the runs of a study happen. `Runner` is all that a study knows of it.
+
+`ExecutorRunner` hands them to an executor of `rlctl bench`: processes on this machine, Ray, Slurm, a package's own.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Any, Protocol
 
-GRACE = 60.0
-"""Seconds a run has to write its checkpoint when it is asked to end."""
+from rlctl.bench import executors
+from rlctl.bench.executors import Executor
+from rlctl.bench.process import Job
+
+LOST = -1
+"""What a handle gives for a run whose machine was lost, and with it the exit code."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of `rlctl train`."""
+    """One run."""
 
     folder: Path
     """Its run directory. A run that was interrupted there is resumed."""
-    args: tuple[str, ...]
-    """What `rlctl train` is given, less --out."""
+    config: dict[str, Any]
+    """Its settings, as a layer of `rlctl.experiment.resolve`."""
     log: Path
     """Where its output goes."""
-
-    def command(self) -> list[str]:
-        """The `rlctl` command that begins the run, or goes on with it."""
-        if (self.folder / "config.yaml").exists():
-            return ["resume", str(self.folder), "--quiet"]
-        return ["train", *self.args, "--out", str(self.folder), "--quiet"]
 
 
 class Handle(Protocol):
     """A run under way."""
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs; returns at once."""
+        """Its exit code, negative where it was killed or its machine lost, None while it runs; returns at once."""
 
     def stop(self) -> None:
-        """Ask it to write a checkpoint and end; `poll` then gives 75."""
+        """Ask it to write a checkpoint and end; `poll` then gives 75. Asking again changes nothing."""
 
 
 class Runner(Protocol):
@@ -56,69 +52,44 @@ class Runner(Protocol):
         """Ask what still runs to end, and kill what does not."""
 
 
-class LocalRunner:
-    """One process per run on this machine, with one thread each."""
+class ExecutorRunner:
+    """Runs on an executor of `rlctl bench`, each in a process of its own with `threads` threads."""
 
-    def __init__(self, slots: int = 1) -> None:
-        self.slots = slots
-        self._running: list[_Process] = []
+    def __init__(self, executor: Executor, threads: int = 1) -> None:
+        self.executor, self.threads, self.slots = executor, threads, executor.slots
+        self._ended: dict[str, int] = {}
+        executor.adopt([])  # what a killed study left running is asked to end; its runs are then resumed
 
     def submit(self, cell: Cell) -> Handle:
-        """Start the process."""
-        self._running = [p for p in self._running if p.poll() is None]
-        process = _Process(cell)
-        self._running.append(process)
-        return process
+        """Start the job."""
+        folder = cell.folder.resolve()
+        self._ended.pop(str(folder), None)
+        self.executor.start(Job(str(folder), str(folder), cell.config, str(cell.log.resolve()), self.threads))
+        return _Job(self, str(folder))
+
+    def ended(self, id: str) -> int | None:
+        """The exit code of a job, None while it runs."""
+        for e in self.executor.poll():
+            self._ended[e.id] = LOST if e.code is None else e.code
+        return self._ended.get(id)
 
     def close(self) -> None:
-        """SIGTERM to all, SIGKILL to those who have not ended after `GRACE` seconds."""
-        for p in self._running:
-            p.stop()
-        for p in self._running:
-            p.wait()
+        """As the executor does it: SIGTERM, and SIGKILL to what has not ended in time."""
+        self.executor.close()
 
 
-# A run must not outlive its study: another one would find its directory locked. (Linux; elsewhere it goes on and the
-# next study is told so by the lock.)
-_CHILD = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit(75)
-sys.argv = ["rlctl", *sys.argv[2:]]
-from rlctl.cli import main
-main()
-"""
-
-
-class _Process:
-    def __init__(self, cell: Cell) -> None:
-        cell.log.parent.mkdir(parents=True, exist_ok=True)
-        with cell.log.open("ab") as log:
-            self.process = _start(cell.command(), log)
+@dataclass(frozen=True)
+class _Job:
+    runner: ExecutorRunner
+    id: str
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        return self.runner.ended(self.id)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> None:
-        try:
-            self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.runner.executor.stop(self.id)
 
 
-def _start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(os.getpid()), *command],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        start_new_session=True,  # Ctrl-C is the study's, which then asks each run once
-    )
+def local(slots: int = 1) -> ExecutorRunner:
+    """One process per run on this machine, with one thread each, on whatever core is free."""
+    return ExecutorRunner(executors.make("local", slots=slots, threads=1, pin=False))

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 FRESH = 10_000
 """First seed of the confirmation; the search uses those from 0."""
 LEVEL = 0.05
+RETRIES = 2
+"""Times a run is resumed whose process was killed."""
 
 
 class StudyInterrupted(RlctlError):
@@ -111,21 +113,16 @@ class Plan:
         """(task, seed) in the order in which they are run: every task once, then again with the next seed."""
         return [(task, first_seed + s) for s, task in itertools.product(range(seeds), self.tasks)]
 
-    def flags(self, task: str, values: dict[str, Any]) -> list[str]:
-        """What `rlctl train` is given for `values` on a task, less the seed."""
-        out = ["--algo", self.algo, "--data" if self.offline else "--env", task]
-        out += ["--steps", str(self.steps)] if self.steps else []
+    def layer(self, task: str, values: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+        """The settings of a run with `values` on a task, still to be resolved: what is wrong with them its run says."""
         sets = [f"run.evaluations={self.evaluations}", "run.tensorboard=false", "run.threads=1", *self.settings]
-        sets += [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        return [*out, *[x for s in sets for x in ("--set", s)]]
+        layer = parse_overrides([*sets, *[f"{k}={json.dumps(v)}" for k, v in values.items()]])
+        top = {"algo": self.algo, "data" if self.offline else "env": task, "seed": seed}
+        return merge(layer, top, {"agent": {"steps": self.steps}} if self.steps else {})
 
     def resolved(self, task: str, values: dict[str, Any]) -> experiment.Settings:
-        """The settings that `flags` lead to."""
-        layer = parse_overrides([*self.settings, *[f"{k}={json.dumps(v)}" for k, v in values.items()]])
-        layer = merge(layer, {"data" if self.offline else "env": task})
-        if self.steps:
-            layer = merge(layer, {"agent": {"steps": self.steps}})
-        return experiment.resolve(self.algo, [layer])
+        """The same, resolved."""
+        return experiment.resolve(None, [self.layer(task, values)])
 
     def least_p(self) -> float:
         """The smallest p-value the comparison on fresh seeds can give, Holm-corrected; `LEVEL` and above is hopeless.
@@ -182,6 +179,8 @@ class _Attempt:
     scores: list[float] = field(default_factory=list)
     """Of the finished cells."""
     handle: Handle | None = None
+    lost: int = 0
+    """Times the process of the cell under way was killed, or its machine lost."""
     pruned: bool = False
     outcome: str = ""
     """done, pruned, diverged, refused or failed, once it has ended."""
@@ -199,13 +198,14 @@ class Tuner:
         self,
         folder: Path,
         plan: Plan | None,
-        runner: Runner,
+        make_runner: Callable[[], Runner],
         *,
         say: Callable[[str], None] = lambda line: None,
         poll: float = 0.2,
     ) -> None:
-        self.folder, self.runner, self.say, self.poll = folder, runner, say, poll
+        self.folder, self.say, self.poll = folder, say, poll
         self.plan = _claim(folder, plan)
+        self._make_runner = make_runner
         self._stop = False
 
     def run(self) -> dict[str, Any]:
@@ -215,6 +215,11 @@ class Tuner:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UsageError(f"{self.folder} is in use by another process: wait for it, or stop it first") from e
+        try:
+            self.runner = self._make_runner()  # not before the lock is ours: it may end what another one runs
+        except BaseException:
+            lock.close()
+            raise
         try:
             with self._stop_on_signals():
                 study = self._open()
@@ -345,8 +350,8 @@ class Tuner:
             code = _earlier(cell)
             if code is None:
                 task, seed = a.cells[k]
-                flags = (*self.plan.flags(task, a.values), "--seed", str(seed))
-                a.handle = self.runner.submit(Cell(cell, flags, cell.with_name(f"{cell.name}.log")))
+                config = self.plan.layer(task, a.values, seed)
+                a.handle = self.runner.submit(Cell(cell, config, cell.with_name(f"{cell.name}.log")))
                 return
         else:
             code = a.handle.poll()
@@ -361,7 +366,10 @@ class Tuner:
             a.outcome = "pruned"
         elif code == 0:
             a.scores.append(self.plan.score(a.cells[k][0], _final(cell)))
+            a.lost = 0
             a.outcome = "done" if len(a.scores) == len(a.cells) else ""
+        elif code < 0 and a.lost < RETRIES:  # killed, or its machine gone: no fault of the settings; it is resumed
+            a.lost += 1
         elif code != 75:  # that is: somebody else stopped it; it is gone on with
             a.outcome = {2: "refused", 3: "diverged"}.get(code, "failed")
             a.note = f" ({_last_line(cell.with_name(f'{cell.name}.log')) or f'exit code {code}'})"

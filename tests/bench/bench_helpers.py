@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ class InProcess:
         ended, self._ended = self._ended, []
         return ended
 
-    def stop(self) -> None:
+    def adopt(self, ids: Collection[str]) -> list[str]:
+        return []
+
+    def stop(self, id: str | None = None) -> None:
         self.stopped = True
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from rlctl import experiment
 from rlctl.bench import probe as probe_module
 from rlctl.bench import suite
 from rlctl.bench.cost import Speeds, estimate
-from rlctl.bench.driver import retry_failed
+from rlctl.bench.driver import retry_diverged, retry_failed, to_do
 from rlctl.bench.ledger import Ledger, events, states
 from rlctl.bench.probe import probe
 from rlctl.bench.process import Job
@@ -124,6 +126,44 @@ def test_a_signal_stops_the_grid_and_the_next_start_goes_on(tmp_path: Path) -> N
     assert executor.stopped
     assert len(executor.started) == 2
     assert drive(p, out, InProcess()).done == 3
+
+
+def test_who_only_asks_keeps_no_driver_out(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        asking = threading.Timer(0.1, fcntl.flock, (f, fcntl.LOCK_UN))
+        asking.start()
+        Ledger(tmp_path).close()
+        asking.join()
+
+
+def test_what_gets_further_has_its_retries_again(tmp_path: Path) -> None:
+    p, id = plan(tmp_path), plan(tmp_path).cells[0].id
+    ledger = Ledger(tmp_path / "out")
+    ledger.begin(p, {})
+    for at, bad in ((0, 1), (32, 1), (32, 2), (64, 1), (32, 2), (64, 3)):
+        ledger.note("start", id)
+        ledger.note("lost", id, at=at)
+        s = states(tmp_path / "out", [id], live=False)[id]
+        assert (s.bad, to_do(s, retries=2)) == (bad, bad <= 2)
+    ledger.close()
+
+
+def test_a_diverged_cell_begins_anew_after_a_fix(tmp_path: Path) -> None:
+    p, out = plan(tmp_path), tmp_path / "out"
+
+    def diverging(job: Job) -> None:
+        (Path(job.folder) / "checkpoints").mkdir(parents=True)
+        raise Diverged("losses/v became non-finite")
+
+    assert drive(p, out, InProcess(diverging)).diverged == 1
+    ledger = Ledger(out)
+    ledger.begin(p, {})
+    assert retry_diverged(ledger, p) == 1
+    ledger.close()
+    assert (out / ".diverged" / p.cells[0].id / "1" / "checkpoints").is_dir()
+    assert drive(p, out, InProcess()).done == 1
+    assert history(out) == ["start", "diverged", "retry", "start", "done"]
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -14,12 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
-from bench_helpers import InProcess, drive, history, plan, results, write
+from bench_helpers import TINY_PPO, InProcess, drive, history, plan, results, write
 
 from rlctl import experiment
-from rlctl.bench import executors
+from rlctl.bench import executors, process, worker
 from rlctl.bench.executors import Executor
-from rlctl.bench.executors.local import share_out
+from rlctl.bench.executors.local import share_out, visible_gpus
+from rlctl.bench.process import Job
 from rlctl.bench.suite import Plan
 from rlctl.errors import UsageError
 
@@ -170,6 +172,55 @@ def test_slurm_loses_a_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_jobs_of_a_driver_that_was_killed_are_taken_over(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    file, out = write(tmp_path, **LONG), tmp_path / "out"
+    p = plan(tmp_path, **LONG)
+    run = out / p.cells[0].id
+    args = [file, "--out", out, "--jobs", "1", "--executor", "slurm", "--option", "cluster=local"]
+    driver = bench(*args)
+    until(lambda: saved(run))
+    (cell,) = [q for q in psutil.process_iter() if "rlctl.bench.worker" in " ".join(_cmdline(q)) and _has_open(q, run)]
+    cell.suspend()  # it must not come to its end before the next driver looks
+    driver.kill()
+    end_of(driver)
+    again = bench(*args)
+    lines: list[str] = []
+    until(lambda: "taken over" in (lines.append(again.stderr.readline() if again.stderr else "") or lines[-1]))
+    cell.resume()
+    code, _, stderr = end_of(again)
+    assert code == 0, stderr
+    assert history(out) == ["start", "done"]  # the same job, from start to end
+    assert [results(run)] == whole(p, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local", "ray", "slurm"])
+def test_one_job_is_stopped_and_the_other_is_not(name: str, tmp_path: Path) -> None:
+    if name != "local":
+        pytest.importorskip("ray" if name == "ray" else "submitit")
+    changes = LONG | {"seeds": 2}
+    p = plan(tmp_path, **changes)
+    options: dict[str, Any] = {"slurm": {"folder": tmp_path, "cluster": "local"}}.get(name, {})
+    executor = executors.make(name, slots=2, threads=1, **options)
+    jobs = [
+        Job(c.id, str(tmp_path / c.id), c.settings.plain(), str(tmp_path / f"{c.seed}.log"), note={}) for c in p.cells
+    ]
+    codes: dict[str, int | None] = {}
+    try:
+        for job in jobs:
+            executor.start(job)
+        until(lambda: saved(Path(jobs[0].folder)))
+        for _ in range(2):  # asked twice: the second time changes nothing
+            executor.stop(jobs[0].id)
+        until(lambda: codes.update({e.id: e.code for e in executor.poll()}) or len(codes) == 2)
+    finally:
+        executor.close()
+    assert codes == {jobs[0].id: 75, jobs[1].id: 0}, [Path(j.log).read_text() for j in jobs]
+    until(lambda: experiment.read_json(Path(jobs[0].folder) / "run.json")["status"] == "preempted")
+
+
+@pytest.mark.slow
 def test_ray_and_the_loss_of_its_worker(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
@@ -212,6 +263,68 @@ def test_stopping_elsewhere(name: str, tmp_path: Path) -> None:
     assert [results(run)] == whole(p, tmp_path / "whole")
 
 
+# ------------------------------------------------------------------------------------------------- what does not end
+HANGS = """
+import time
+from pathlib import Path
+from rlctl.agents.ppo import PPO
+
+class Hangs(PPO):
+    def update(self, batch):
+        done = super().update(batch)
+        if not Path("hung").exists():
+            Path("hung").touch()
+            time.sleep(3600)
+        return done
+"""
+
+
+def hanging(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Plan:
+    (folder / "hanging.py").write_text(HANGS)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    algorithm = {"algo": "hanging:Hangs", "name": "hangs", "set": TINY_PPO}
+    return plan(folder, algorithms=[algorithm], **changes)
+
+
+@pytest.mark.slow
+def test_a_cell_that_hangs_is_ended_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = hanging(tmp_path, monkeypatch, stall_minutes=0.5)
+    out = tmp_path / "out"
+    assert drive(p, out, executors.make("local", slots=1, threads=1)).done == 1
+    assert history(out) == ["start", "failed", "start", "done"]
+    assert "it hung" in (out / "ledger.jsonl").read_text()
+    log = (out / "logs" / p.cells[0].id / "1.log").read_text()
+    assert "hanging.py" in log and "in update" in log  # the stack
+
+
+@pytest.mark.slow
+def test_a_cell_that_hangs_does_not_keep_a_stop_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, out = hanging(tmp_path, monkeypatch), tmp_path / "out"
+    monkeypatch.setattr(process, "GRACE", 1.0)
+    executor = executors.make("local", slots=1, threads=1)
+    poll, sent = executor.poll, False
+
+    def and_stop() -> list[executors.Exit]:
+        nonlocal sent
+        if not sent and (tmp_path / "hung").exists():
+            sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return poll()
+
+    executor.poll = and_stop  # type: ignore[method-assign]
+    assert drive(p, out, executor).interrupted
+    assert history(out) == ["start", "interrupted"]
+
+
+def test_a_run_that_stays_held_is_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "WAIT_FOR_LOCK", 0.3)
+    (tmp_path / "config.yaml").touch()
+    with (tmp_path / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert worker._run({"folder": str(tmp_path)}) == 75
+
+
 class Sabotage:
     """An executor that, once, kills the process called `name` above the cell, as soon as the cell has a checkpoint."""
 
@@ -219,6 +332,7 @@ class Sabotage:
         self.inner, self.run, self.name, self.slots = inner, run, name, inner.slots
         self.killed = False
         self.start, self.stop, self.close, self.describe = inner.start, inner.stop, inner.close, inner.describe
+        self.adopt = inner.adopt
 
     def poll(self) -> list[executors.Exit]:
         if not self.killed and saved(self.run):
@@ -243,7 +357,26 @@ def _has_cell(p: psutil.Process) -> bool:
         return False
 
 
+def _has_open(p: psutil.Process, run: Path) -> bool:
+    try:
+        return any(f.path.startswith(f"{run}/") for f in p.open_files())
+    except psutil.Error:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------------------ slots
+def test_gpus_are_counted_among_those_one_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(["0", "3"]) == ["0", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
+    assert visible_gpus(["1", "0"]) == ["GPU-abc", "5"]
+    with pytest.raises(UsageError, match="names GPU 2, and this process may use 2"):
+        visible_gpus(["2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match="may use 0"):
+        executors.make("local", gpus=["0"])
+
+
 def test_slots() -> None:
     assert [s.cores for s in share_out([0, 1, 2, 3, 4], None, 2, [])] == [(0, 1), (2, 3)]
     assert [s.cores for s in share_out([0, 1], 4, 1, [])] == [(), (), (), ()]  # more than fit: none is pinned
@@ -258,5 +391,5 @@ def test_unknown_executors_and_options(tmp_path: Path) -> None:
         executors.make("locla", slots=1)
     with pytest.raises(UsageError, match="has no option 'partitoin'"):
         executors.make("slurm", slots=1, folder=tmp_path, partitoin="x")
-    with pytest.raises(UsageError, match="local has no options, got address"):
+    with pytest.raises(UsageError, match="local has no option 'address': it has pin"):
         executors.make("local", address="auto")

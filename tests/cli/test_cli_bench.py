@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_a_grid_from_start_to_status(cli: Cli, suite: Path) -> None:
     assert [line.split()[0] for line in r.err.splitlines() if "/s0-" in line] == ["start", "done"]
     again = cli("bench", suite, "--json").json
     assert (again["done"], again["left"]) == (1, 0)
+    for place in (["runs/one"], ["one"], [suite], [], ["--out", "runs/one"]):
+        assert cli("bench", "--status", *place).out.startswith("suite one: 1 cells")
     status = cli("bench", "--status", "runs/one")
     assert "no driver at work" in status.out
     assert "●" in status.out
@@ -58,7 +61,20 @@ def test_a_grid_from_start_to_status(cli: Cli, suite: Path) -> None:
     # another protocol is another cell, and the old one is pointed out
     suite.write_text(yaml.safe_dump(SUITE | {"evaluation": SUITE["evaluation"] | {"final_episodes": 3}}))
     assert cli("bench", suite, "--jobs", "1", "--quiet").code == 0
-    assert "1 runs belong to earlier versions" in cli("bench", "--status", "runs/one").out
+    assert "1 runs are not in the last plan" in cli("bench", "--status", "runs/one").out
+
+
+def test_what_has_used_up_its_retries_is_not_to_do(cli: Cli, suite: Path) -> None:
+    assert cli("bench", suite, "--jobs", "1", "--quiet").code == 0
+    (run,) = Path("runs/one").glob("*/*/s0-*")
+    (run / "run.json").unlink()
+    ledger = Path("runs/one/ledger.jsonl")
+    cell = run.relative_to("runs/one").as_posix()
+    rows = [{"time": 0, "event": e, "cell": cell} for e in ("start", "failed") * 3]
+    ledger.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert "1 failed with their retries used up (--retry-failed), 0 to do" in cli("bench", suite, "--dry-run").out
+    assert "1 cells, 1 to do" in cli("bench", suite, "--dry-run", "--retry-failed").out
+    assert "1 cells, 1 to do" in cli("bench", suite, "--dry-run", "--retries", "3").out
 
 
 @pytest.mark.parametrize(
@@ -67,10 +83,11 @@ def test_a_grid_from_start_to_status(cli: Cli, suite: Path) -> None:
         ([], "no suite given"),
         (["smoek"], "did you mean 'smoke'"),
         (["--status", "nowhere"], "no folder of `rlctl bench`"),
-        (["smoke", "--status", "nowhere"], "takes no suite"),
+        (["--status"], "no grid under runs/"),
+        (["--status", "a", "--out", "b"], "no folder of `rlctl bench`"),
         (["one.yaml", "--seeds", "1,x"], "--seeds takes"),
         (["one.yaml", "--executor", "lokal"], "did you mean 'local'"),
-        (["one.yaml", "--option", "partition=x"], "local has no options"),
+        (["one.yaml", "--option", "partition=x"], "local has no option 'partition'"),
         (["data.yaml"], "not here"),
         (["data.yaml", "--dry-run"], "rlctl data download hopper-medium-v2"),
     ],

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 pytest.importorskip("optuna")
 
 from rlctl import experiment
+from rlctl.bench import executors
 from rlctl.errors import UsageError
-from rlctl.tune import Cell, LocalRunner, Param, Plan, Tuner, parse_param
+from rlctl.tune import Cell, ExecutorRunner, Param, Plan, Tuner, local, parse_param
 from rlctl.tune.study import FRESH, StudyInterrupted
 
 LR = parse_param("lr=log:1e-5:1e-1")
@@ -114,8 +116,8 @@ class Pretended:
     Good rates are near 1e-3. Each `poll` makes one more evaluation; the fourth is the last.
     """
 
-    def __init__(self, slots: int = 1, stop_after: int | None = None) -> None:
-        self.slots, self.left = slots, stop_after
+    def __init__(self, slots: int = 1, stop_after: int | None = None, kills: int = 0) -> None:
+        self.slots, self.left, self.kills = slots, stop_after, kills
         self.started: list[Cell] = []
         self.under_way = 0
         self.most = 0
@@ -137,10 +139,12 @@ class Pretended:
 class PretendedRun:
     def __init__(self, runner: Pretended, cell: Cell) -> None:
         self.runner, self.cell, self.asked, self.code = runner, cell, False, None
-        sets = dict(x.split("=", 1) for x in cell.args if "=" in x)
-        lr = float(sets.get("lr", 3e-4))
-        self.ret = 10 - abs(math.log10(lr) + 3) + 0.01 * (int(cell.args[-1]) % 7)
-        self.dies = {"refused": 2, "diverged": 3, "crashed": 1}.get(sets.get("activation", "").strip('"'))
+        lr = float(cell.config.get("lr", 3e-4))
+        self.ret = 10 - abs(math.log10(lr) + 3) + 0.01 * (cell.config["seed"] % 7)
+        self.dies = {"refused": 2, "diverged": 3, "crashed": 1}.get(cell.config.get("activation", ""))
+        if runner.kills > 0:
+            runner.kills -= 1
+            self.dies = -9
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "config.yaml").write_text("")
         self.made = 0
@@ -176,7 +180,7 @@ class PretendedRun:
 
 
 def tune(folder: Path, p: Plan | None, runner: Any) -> dict[str, Any]:
-    return Tuner(folder, p, runner, poll=0.0).run()
+    return Tuner(folder, p, lambda: runner, poll=0.0).run()
 
 
 def test_a_study(tmp_path: Path) -> None:
@@ -196,10 +200,10 @@ def test_a_study(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s" / "result.json").read_text()) == result
     layer = experiment.load_yaml(tmp_path / "s" / "rank1.yaml")
     assert experiment.resolve(None, [layer, {"env": "probe:both"}]).agent.lr == best["settings"]["lr"]
-    searched = {c.args[-1] for c in runner.started if "trials" in c.folder.parts}
-    confirmed = {c.args[-1] for c in runner.started if "confirm" in c.folder.parts}
-    assert searched == {"0", "1"}
-    assert confirmed == {str(FRESH + s) for s in range(5)}
+    searched = {c.config["seed"] for c in runner.started if "trials" in c.folder.parts}
+    confirmed = {c.config["seed"] for c in runner.started if "confirm" in c.folder.parts}
+    assert searched == {0, 1}
+    assert confirmed == {FRESH + s for s in range(5)}
 
 
 def test_nothing_is_better_by_luck(tmp_path: Path) -> None:
@@ -261,19 +265,19 @@ def test_runs_that_end_badly(tmp_path: Path) -> None:
 def test_another_plan_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     tune(tmp_path / "s", plan(trials=3, confirm_seeds=1, top=1), Pretended())
     with pytest.raises(UsageError, match="seeds differ"):
-        Tuner(tmp_path / "s", plan(trials=3, confirm_seeds=1, top=1, seeds=3), Pretended())
+        Tuner(tmp_path / "s", plan(trials=3, confirm_seeds=1, top=1, seeds=3), Pretended)
     more = tune(tmp_path / "s", plan(trials=5, confirm_seeds=1, top=1), Pretended())
     assert sum(more["trials"].values()) == 5
     with pytest.raises(UsageError, match="holds no study"):
-        Tuner(tmp_path / "empty", None, Pretended())
+        Tuner(tmp_path / "empty", None, Pretended)
 
 
-def test_a_cell_is_begun_or_gone_on_with(tmp_path: Path) -> None:
-    cell = Cell(tmp_path / "run", ("--algo", "ppo"), tmp_path / "log")
-    assert cell.command() == ["train", "--algo", "ppo", "--out", str(tmp_path / "run"), "--quiet"]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("")
-    assert cell.command()[0] == "resume"
+@pytest.mark.parametrize(("kills", "fate"), [(2, "complete"), (3, "fail")])
+def test_a_run_that_is_killed_is_resumed_twice(kills: int, fate: str, tmp_path: Path) -> None:
+    runner = Pretended(kills=kills)
+    result = tune(tmp_path / "s", plan(trials=3, seeds=1, prune=False, confirm_seeds=1, top=1), runner)
+    assert result["trials"] == {"complete": 3} if fate == "complete" else {"complete": 2, "fail": 1}
+    assert [c.folder for c in runner.started[:3]] == [runner.started[0].folder] * 3
 
 
 # ------------------------------------------------------------------------------------------------------ real processes
@@ -283,7 +287,7 @@ SMALL += ["run.eval_episodes=2"]
 
 def real(**changes: Any) -> Plan:
     base = {"steps": 1024, "trials": 2, "seeds": 1, "top": 1, "confirm_seeds": 1, "evaluations": 2}
-    return plan(settings=tuple(SMALL), **base | changes)
+    return plan(**{"settings": tuple(SMALL)} | base | changes)
 
 
 @pytest.mark.slow
@@ -329,7 +333,7 @@ def test_a_real_study_is_stopped_killed_and_gone_on_with(tmp_path: Path) -> None
     process.kill()
     process.wait()
     result = Tuner(
-        folder, None, LocalRunner(2)
+        folder, None, lambda: local(2)
     ).run()  # would be refused if the run of the killed study still held its lock
     assert result["trials"] == {"complete": 2}
     assert all(r["fresh_mean"] is not None for r in result["configurations"])
@@ -337,7 +341,39 @@ def test_a_real_study_is_stopped_killed_and_gone_on_with(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_signal_stops_the_study_in_this_process(tmp_path: Path) -> None:
-    tuner = Tuner(tmp_path / "s", real(), LocalRunner(1), poll=0.01)
+    tuner = Tuner(tmp_path / "s", real(), local, poll=0.01)
     tuner._stop = True
     with pytest.raises(StudyInterrupted, match="go on with"):
         tuner.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local", "ray", "slurm"])
+def test_a_study_on_every_executor(name: str, tmp_path: Path) -> None:
+    """The same study gives the same scores on each, and a run whose process is killed is resumed."""
+    if name != "local":
+        pytest.importorskip("ray" if name == "ray" else "submitit")
+    folder, killed = tmp_path / "s", []
+
+    class Sabotaged(ExecutorRunner):
+        def ended(self, id: str) -> int | None:
+            if not killed and (Path(id) / "checkpoints" / "latest").exists():
+                for p in psutil.process_iter(["cmdline"]):
+                    if "rlctl.bench.worker" in " ".join(p.info["cmdline"] or []) and folder_of(p) == id:
+                        p.kill()
+                        killed.append(id)
+            return super().ended(id)
+
+    def folder_of(p: psutil.Process) -> str:
+        try:
+            return next((str(Path(f.path).parent) for f in p.open_files() if f.path.endswith("metrics.jsonl")), "")
+        except psutil.Error:
+            return ""
+
+    options: dict[str, Any] = {"slurm": {"cluster": "local", "folder": folder}}.get(name, {})
+    p = real(steps=24_000, settings=(*SMALL, "run.checkpoint_every=2000"))
+    result = Tuner(folder, p, lambda: Sabotaged(executors.make(name, slots=1, threads=1, **options))).run()
+    assert result["trials"] == {"complete": 2}
+    assert killed
+    whole = Tuner(tmp_path / "whole", p, local).run()
+    assert [r["fresh_scores"] for r in result["configurations"]] == [r["fresh_scores"] for r in whole["configurations"]]

@@ -8,7 +8,7 @@ the same bits on each.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -41,8 +41,18 @@ class Executor(Protocol):
     def poll(self) -> list[Exit]:
         """The jobs that have ended since the last call; returns at once."""
 
-    def stop(self) -> None:
-        """Ask all running jobs to write a checkpoint and end; `poll` reports them (exit code 75)."""
+    def adopt(self, ids: Collection[str]) -> list[str]:
+        """Take over what an earlier driver of the same folder started and left running, as if started here.
+
+        Called once, before anything is started. Returns those of `ids` that are running now; jobs it finds beside them
+        are asked to end. [] where jobs end with their driver.
+        """
+
+    def stop(self, id: str | None = None) -> None:
+        """Ask a running job (None: all) to write a checkpoint and end; `poll` reports it (exit code 75).
+
+        One that does not end is killed after a while. Asking again changes nothing.
+        """
 
     def close(self) -> None:
         """Give everything back; jobs that still run are killed."""

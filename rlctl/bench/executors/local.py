@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlctl.bench.executors import Exit
+from rlctl.bench.executors import Exit, check_options
 from rlctl.bench.process import GRACE, CellProcess, Job
 from rlctl.errors import UsageError
 
@@ -36,8 +37,26 @@ def share_out(cores: list[int], slots: int | None, threads: int, gpus: list[str]
     ]
 
 
+def visible_gpus(asked: list[str]) -> list[str]:
+    """The GPUs `asked` for, counted among those this process may see (CUDA_VISIBLE_DEVICES), as CUDA names them."""
+    visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return asked
+    for gpu in asked:
+        if not gpu.isdigit() or int(gpu) >= len(visible):
+            raise UsageError(
+                f"--gpus names GPU {gpu}, and this process may use {len(visible)} (CUDA_VISIBLE_DEVICES="
+                f"{','.join(visible)}): count from 0 among those, or unset the variable"
+            )
+    return [visible[int(gpu)] for gpu in asked]
+
+
 class LocalExecutor:
-    """`slots` processes side by side; `gpus` are indices, dealt to the slots in turn."""
+    """`slots` processes side by side; `gpus` are indices, dealt to the slots in turn.
+
+    Option: `pin` (true), whether each slot keeps to its own cores; false leaves the choice to the system, which is
+    better on a machine that does other work too.
+    """
 
     def __init__(
         self,
@@ -45,17 +64,20 @@ class LocalExecutor:
         threads: int = 1,
         gpus: list[str] | None = None,
         folder: object = None,
-        **options: object,
+        pin: bool = True,
+        **unknown: object,
     ) -> None:
-        if options:
-            raise UsageError(f"the executor local has no options, got {', '.join(options)}")
+        check_options("local", unknown, LocalExecutor.__init__)
         cores = (
             sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
         )
-        self._free = share_out(cores, slots, threads, gpus or [])
+        self._gpus, self._threads = visible_gpus(gpus or []), threads
+        self._free = share_out(cores, slots, threads, self._gpus)
+        if not pin:
+            self._free = [Slot((), s.gpu) for s in self._free]
         self.slots = len(self._free)
         self._pinned = bool(self._free[0].cores)
-        self._threads, self._gpus = threads, gpus or []
+        self._why_not = "more threads than cores" if pin else "as asked"
         self._running: dict[str, tuple[CellProcess, Slot]] = {}
 
     def start(self, job: Job) -> None:
@@ -74,10 +96,15 @@ class LocalExecutor:
                 ended.append(Exit(id, code))
         return ended
 
-    def stop(self) -> None:
-        """SIGTERM to all."""
-        for cell, _ in self._running.values():
-            cell.ask_to_end()
+    def adopt(self, ids: Collection[str]) -> list[str]:
+        """Nothing: cells here end with their driver."""
+        return []
+
+    def stop(self, id: str | None = None) -> None:
+        """SIGTERM, and SIGKILL after `GRACE` seconds."""
+        for key, (cell, _) in self._running.items():
+            if id in (None, key):
+                cell.ask_to_end()
 
     def close(self) -> None:
         """Ask those that still run to end, and kill what has not ended in time."""
@@ -89,6 +116,6 @@ class LocalExecutor:
 
     def describe(self) -> str:
         """Slots and what they hold."""
-        pinned = "pinned" if self._pinned else "not pinned (more threads than cores)"
+        pinned = "pinned" if self._pinned else f"not pinned ({self._why_not})"
         gpus = f", GPUs {', '.join(self._gpus)}" if self._gpus else ""
         return f"this machine, {self.slots} at a time, {self._threads} thread(s) each, {pinned}{gpus}"

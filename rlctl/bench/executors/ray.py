@@ -6,6 +6,7 @@ nodes need one file system, since the run directories are the result. Ray's own 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from rlctl.bench.executors import Exit, check_options
@@ -49,6 +50,7 @@ class RayExecutor:
         remote = ray.remote(num_cpus=threads, num_gpus=gpus_per_cell, max_retries=0, max_calls=1)
         self._task = remote(run_to_end)
         self._running: dict[Any, str] = {}
+        self._asked: set[Any] = set()
 
     def start(self, job: Job) -> None:
         """Submit the task."""
@@ -69,10 +71,16 @@ class RayExecutor:
         except self._ray.exceptions.RayError as e:
             return Exit(id, None, f"{type(e).__name__}: {str(e).strip().splitlines()[0]}")
 
-    def stop(self) -> None:
-        """Cancel all tasks: each asks its cell to end and waits for the checkpoint."""
-        for ref in self._running:
-            self._ray.cancel(ref, force=False)
+    def adopt(self, ids: Collection[str]) -> list[str]:
+        """Nothing: Ray ends the tasks of a driver that is gone, and the cells with them."""
+        return []
+
+    def stop(self, id: str | None = None) -> None:
+        """Cancel the task: it asks its cell to end, and waits `GRACE` seconds for the checkpoint."""
+        for ref, key in self._running.items():
+            if id in (None, key) and ref not in self._asked:
+                self._asked.add(ref)
+                self._ray.cancel(ref, force=False)
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
