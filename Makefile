@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
 
-.PHONY: help install train test test-slow lint types check format bench-speed clean
+.PHONY: help install train test test-slow test-executors oracle-rliable lint types check format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -23,8 +23,23 @@ train: install   ## train PPO on Hopper for 1M steps
 test: install    ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install ## run the tests that take minutes
+test-slow: install ## run the tests that take minutes (those on Ray and Slurm skip: test-executors)
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.executors: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	touch $@
+
+test-executors: $(VENV)/.executors ## install Ray and submitit too (some 25 packages), and run the grids and searches on them
+	$(BIN)/python -m pytest -m slow tests/bench tests/tune
+
+$(VENV)-rliable/.installed: tests/oracles/rliable-requirements.txt
+	$(PYTHON) -m venv $(VENV)-rliable
+	$(VENV)-rliable/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+oracle-rliable: $(VENV)-rliable/.installed ## compute the fixture of the statistics' tests with rliable, in its own environment
+	$(VENV)-rliable/bin/python tests/oracles/rliable_oracle.py tests/fixtures/rliable/oracle.json
 
 lint: install    ## check style
 	$(BIN)/ruff check .
@@ -40,4 +55,4 @@ format: install  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 clean:           ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-rliable .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The ten sets of the suite offline-ladder: two tasks x random, medium, medium-replay, medium-expert, expert, 200k steps each.
+# Ten sets: two tasks x random, medium, medium-replay, medium-expert, expert, 200k steps each. The suite offline-ladder uses
+# six of them, generative four.
 #
 #     MINARI_DATASETS_PATH=... benchmarks/collect_ladders.sh FOLDER
 #

@@ -57,7 +57,13 @@ def algo(
     from rlctl import agents
     from rlctl.config import parse_overrides
     from rlctl.conformance import check_algo
+    from rlctl.errors import UsageError
 
+    if name in agents.BASELINES:
+        raise UsageError(
+            f"{name} is a learner of another library behind our interface: the checks look into what ours are made of "
+            "(losses, optimisers, random streams) and say nothing about it; `rlctl algos` lists those they are for"
+        )
     agents.get(name)  # no such algorithm: a usage error, not a failed check
     _report("algo", name, check_algo(name, only or [], solve=parse_overrides(set_ or [])), json_)
 

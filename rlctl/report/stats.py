@@ -147,10 +147,14 @@ def bootstraps(
     values: list[list[Floats]] = [[] for _ in statistics]
     chunk = max(1, 4_000_000 // scores.size)  # bounds memory
     for start in range(0, replicates, chunk):
-        sample = _resampled(scores, min(chunk, replicates - start), rng)
-        if resample_tasks:
-            pick = rng.integers(scores.shape[1], size=(len(sample), 1, scores.shape[1]))
-            sample = np.take_along_axis(sample, np.broadcast_to(pick, sample.shape), axis=2)
+        count = min(chunk, replicates - start)
+        if resample_tasks:  # a task that is drawn twice has its seeds drawn twice, independently
+            sample = scores[
+                rng.integers(len(scores), size=(count, *scores.shape)),
+                rng.integers(scores.shape[1], size=(count, 1, scores.shape[1])),
+            ]
+        else:
+            sample = _resampled(scores, count, rng)
         for found, statistic in zip(values, statistics, strict=True):
             found.append(statistic(sample))
     return [

@@ -57,6 +57,7 @@ def test_json(cli: Cli, tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["algo", "sacc"], "did you mean 'sac'"),
+        (["algo", "sb3:ppo"], "a learner of another library"),
         (["algo", "nothing.here:Agent"], "no module"),
         (["env", "Hoper"], "Hopper"),
         (["algo", "sac", "--only", "probe-bth"], "probe-both"),
