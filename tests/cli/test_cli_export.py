@@ -16,6 +16,7 @@ from cli_helpers import PPO, Cli
 
 from rlctl import agents, experiment
 from rlctl import export as exporting
+from rlctl.conformance.probes import write_dataset
 from rlctl.conformance.samples import tiny
 
 
@@ -89,6 +90,32 @@ def test_noise_is_an_input_of_a_generative_policy(name: str) -> None:
     wanted = agent.pi.sample(agent.obs_norm(obs), noise=noise).clamp(-1, 1) * 2 + torch.tensor([0.0, 2.0])
     torch.testing.assert_close(module(obs, noise), wanted)
     assert not torch.equal(module(obs, noise), module(obs, -noise))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow-bc", "diffusion-bc", "fql"])
+def test_a_generative_policy_as_onnx_with_noise(name: str, cli: Cli, tmp_path: Path) -> None:
+    """The same noise gives the agent's own draw, in any batch; other noise another one."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    data = write_dataset(tmp_path / "d.npz")
+    args = ["--algo", name, "--data", data, "--env", "probe:both", "--steps", "5", "--out", "a", "--quiet"]
+    assert cli.train(*args, sets=["batch_size=16", "run.eval_every=0"]).code == 0
+    record = cli("export", "a", "--format", "onnx", "--sampled", "--out", "p.onnx", "--json").json
+    assert [i["name"] for i in record["inputs"]] == ["obs", "noise"]
+    assert record["parity"]["runtime"].startswith("onnxruntime")
+    assert record["parity"]["max_difference"] <= 1e-4
+    agent: Any = experiment.load_agent(tmp_path / "a")[0].eval()
+    obs, noise = (
+        np.random.default_rng(0).normal(size=(9, *i["shape"][1:])).astype(np.float32) for i in record["inputs"]
+    )
+    session = onnxruntime.InferenceSession(str(tmp_path / "p.onnx"), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        own = agent.pi.sample(agent.obs_norm(torch.from_numpy(obs)), noise=torch.from_numpy(noise)).clamp(-1, 1).numpy()
+    for n in (1, 9):
+        (action,) = session.run(None, {"obs": obs[:n], "noise": noise[:n]})
+        np.testing.assert_allclose(action, own[:n], atol=1e-4)  # a probe's bounds are -1 and 1
+    (other,) = session.run(None, {"obs": obs, "noise": -noise})
+    assert np.abs(other - own).max() > 1e-3
 
 
 def test_others_have_no_sampled_form(cli: Cli, sac_run: Path) -> None:
