@@ -209,6 +209,14 @@ def at(table: Tensor, k: Step) -> Tensor:
     return table[k] if isinstance(k, int) else table[k].unsqueeze(-1)
 
 
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of `table` [K] at `index` (int64) of any shape.
+
+    table[index] reads a 0-dim index on the host; take(index) does not, but cannot be exported to ONNX.
+    """
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
 class DiffusionPolicy(GenerativePolicy):
     """A denoising diffusion over actions, T levels of noise; `field` is the noise prediction eps(s, x, i), i = 1..T.
 
@@ -259,13 +267,12 @@ class DiffusionPolicy(GenerativePolicy):
 
     def field(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise [..., A] that the network sees in x_i; `t` is i (int64), 0-dim or of x's leading shape."""
-        # take, not [t]: a 0-dim index is read on the host
-        return predicted_noise(self.prediction, self.net(obs, x, t), x, self.alpha_bar.take(t).unsqueeze(-1))
+        return predicted_noise(self.prediction, self.net(obs, x, t), x, looked_up(self.alpha_bar, t).unsqueeze(-1))
 
     def step_mean(self, field: Callable[[Tensor, Tensor], Tensor], x: Tensor, k: Step, deterministic: bool) -> Tensor:
         """The mean of x_p given x_i; see `rlctl.ops.diffusion.reverse_steps`."""
         i, row = self.level[k], int(deterministic)
-        data = predicted_data(field(x, i), x, self.alpha_bar.take(i).unsqueeze(-1))
+        data = predicted_data(field(x, i), x, looked_up(self.alpha_bar, i).unsqueeze(-1))
         if self.clip is not None and not self.clip_states:
             data = data.clamp(-self.clip, self.clip)
         return at(self.of_data[row], k) * data + at(self.of_x[row], k) * x
@@ -280,7 +287,7 @@ class DiffusionPolicy(GenerativePolicy):
 
     def matching_error(self, obs: Tensor, action: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """(net(s, x_i, i) - target)^2, [..., A], in the units of what it predicts; `time` is i in 1..T (int64)."""
-        alpha_bar = self.alpha_bar.take(time).unsqueeze(-1)
+        alpha_bar = looked_up(self.alpha_bar, time).unsqueeze(-1)
         out = self.net(obs, noised(action, noise, alpha_bar), time)
         return (out - regression_target(self.prediction, action, noise, alpha_bar)).square()
 

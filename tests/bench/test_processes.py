@@ -183,7 +183,7 @@ def test_jobs_of_a_driver_that_was_killed_are_taken_over(tmp_path: Path) -> None
     (cell,) = [q for q in psutil.process_iter() if "rlctl.bench.worker" in " ".join(_cmdline(q)) and _has_open(q, run)]
     cell.suspend()  # it must not come to its end before the next driver looks
     driver.kill()
-    end_of(driver)
+    driver.wait(PATIENCE)  # not end_of: the job has inherited its pipes, and lives
     again = bench(*args)
     lines: list[str] = []
     until(lambda: "taken over" in (lines.append(again.stderr.readline() if again.stderr else "") or lines[-1]))
