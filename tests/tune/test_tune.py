@@ -350,7 +350,7 @@ def test_a_signal_stops_the_study_in_this_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["local", "ray", "slurm"])
 def test_a_study_on_every_executor(name: str, tmp_path: Path) -> None:
-    """The same study gives the same scores on each, and a run whose process is killed is resumed."""
+    """A run whose process is killed is resumed, and ends like one that nobody disturbed."""
     if name != "local":
         pytest.importorskip("ray" if name == "ray" else "submitit")
     folder, killed = tmp_path / "s", []
@@ -371,9 +371,10 @@ def test_a_study_on_every_executor(name: str, tmp_path: Path) -> None:
             return ""
 
     options: dict[str, Any] = {"slurm": {"cluster": "local", "folder": folder}}.get(name, {})
-    p = real(steps=24_000, settings=(*SMALL, "run.checkpoint_every=2000"))
+    p = real(steps=12_000, trials=1, settings=(*SMALL, "run.checkpoint_every=1000"))
     result = Tuner(folder, p, lambda: Sabotaged(executors.make(name, slots=1, threads=1, **options))).run()
-    assert result["trials"] == {"complete": 2}
-    assert killed
-    whole = Tuner(tmp_path / "whole", p, local).run()
-    assert [r["fresh_scores"] for r in result["configurations"]] == [r["fresh_scores"] for r in whole["configurations"]]
+    assert result["trials"] == {"complete": 1}
+    (run,) = map(Path, killed)
+    experiment.train(experiment.read_settings(run), tmp_path / "whole", quiet=True)
+    finals = [experiment.read_json(x / "run.json")["final"] for x in (run, tmp_path / "whole")]
+    assert finals[0] == finals[1]
