@@ -55,15 +55,10 @@ def test_point_estimates(name: str) -> None:
 
 @pytest.mark.parametrize("pair", list(ORACLE["improvement"]))
 def test_probability_of_improvement(pair: str) -> None:
+    """The estimate; our interval is no bootstrap (see `stats.improvement`), and rliable's is not its oracle."""
     theirs = ORACLE["improvement"][pair]
     x, y = SCORES[theirs["x"]], SCORES[theirs["y"]]
     assert float(stats.probability_of_improvement(x, y)) == pytest.approx(theirs["value"], rel=1e-12)
-    # `improvement` also clips to [0, 1], which no bound here comes near
-    bounds = [
-        plain(stats.improvement(x, y, np.random.default_rng(1), replicates=OURS, level=level), min(len(x), len(y)))
-        for level in around("improvement")
-    ]
-    enclosed(theirs["interval"], bounds)
 
 
 @pytest.mark.parametrize("tasks", [False, True])
