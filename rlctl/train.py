@@ -146,6 +146,7 @@ def on_policy(
         with run.timed("collect"):
             for _ in range(horizon):
                 obs = collect(agent, env, obs, rollout, run)
+        env.report()  # a full buffer or a bad action on a GPU is told before anything is learned from it
         with run.timed("learn"):
             metrics = learn(rollout.whole())
         run.tick(agent, [metrics], env_steps=horizon * env.num_envs * parallel.world_size())

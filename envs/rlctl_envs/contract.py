@@ -114,8 +114,8 @@ class VecEnv(VectorEnv[Tensor, Any, Tensor]):
     def report(self) -> dict[str, float]:
         """What is worth a line in a log now and then, by TensorBoard tag: troubles since construction, none if none.
 
-        Where the environment lives on a device this waits for it, so it is asked once per log row, not per step. May
-        raise what `step` could not find out in time.
+        Where the environment lives on a device this waits for it, so it is asked once per rollout or log row, not per
+        step. May raise what `step` could not find out in time.
         """
         return {"env/diverged": float(self.num_diverged)} if self.num_diverged else {}
 
