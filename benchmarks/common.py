@@ -52,7 +52,9 @@ def write(name: str, result: dict[str, Any], out: Path | None = None, *, quiet: 
     mine = {k: v for k, v in machine().items() if k != "host"}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"benchmark": name, "date": now, "git": git(), "versions": versions(), "machine": mine, **result}
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(file)  # whoever is ended meanwhile leaves no half of it
     if not quiet:
         print(f"written to {file}")
     return file

@@ -522,7 +522,7 @@ def _compile_losses(agent: Agent) -> tuple[str, ...]:
 def _trace_loss(agent: Agent) -> None:
     """Put a recording in the place of the agent's `loss`, if it has one."""
     loss: Any = getattr(agent, "loss", None)
-    if callable(loss):
+    if callable(getattr(type(agent), "loss", None)):  # a method: a module that is called so stays one
         from rlctl.traced import TracedLoss  # which loads what only recording needs
 
         agent.loss = TracedLoss(agent, loss, _log.info)  # type: ignore[assignment]

@@ -171,6 +171,8 @@ def many_worlds(cls: type[Agent], asked: Mapping[str, Any]) -> dict[str, Any]:
     if cls.regime != "on_policy" or "horizon" not in known or not isinstance(num_envs, int) or num_envs < MANY_WORLDS:
         return {}
     horizon = asked.get("horizon", 16)
+    if not isinstance(horizon, int):
+        return {}  # and let the config say what is wrong with it
     agent = {"horizon": horizon, "minibatch_size": num_envs * horizon // 4, "epochs": 5, "steps": 20_000 * num_envs}
     return {"agent": {key: value for key, value in agent.items() if key in known}, "run": {"evaluations": 10}}
 

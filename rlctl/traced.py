@@ -6,8 +6,8 @@ kernels on the same numbers, so the same bits. The first calls hold each recordi
 loss that cannot be recorded, or does not come out the same, runs as before, and `reason` says why.
 
 The recording knows the shapes of its arguments, and holds everything else for constant but the parameters and buffers
-of the agent, whose memory it reads. So a loss is refused that draws random numbers, reads a counter or the value of a
-tensor, or changes anything.
+of the agent, whose memory it reads, and plain numbers that are its attributes, which are looked at in each call. So a
+loss is refused that draws random numbers, reads a counter or the value of a tensor, or changes anything.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class TracedLoss:
         """For copies, which record anew: a recording holds the parameters of one agent."""
         return vars(self) | {"_recordings": {}}
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """What the loss returns."""
-        if self.reason or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._loss(*args)
+        if self.reason or named or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._loss(*args, **named)
         flat: list[Tensor] = []
         if not _flatten(args, flat):
             return self._give_up("an argument is neither a tensor nor a tuple of tensors", args)
-        key = (self._agent.training, _numbers(self._agent), *[x.shape for x in flat])
+        key = (self._agent.training, _numbers(self._agent), *[(x.shape, x.dtype) for x in flat])
         recording = self._recordings.get(key)
         if recording is None:
             if len(self._recordings) >= SHAPES:

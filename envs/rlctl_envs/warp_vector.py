@@ -226,7 +226,7 @@ class WarpVecEnv(VecEnv):
             self._starts.build(self._capture)
         self.program.build(self._capture)
         if self._starts is not None and self.program.stumbled:  # its generator has a new state object
-            self._starts.build(self._capture)
+            self._starts.draw_anew()
         self.generator.set_state(kept)
         self._counts.zero_()
         self._overflow.zero_()

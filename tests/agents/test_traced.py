@@ -13,8 +13,10 @@ from agent_helpers import batch_for, differing, snapshot, tiny
 from torch import Tensor
 
 from rlctl import agents, experiment
+from rlctl.accelerate import accelerate
 from rlctl.agents import names
 from rlctl.agents.ppo import PPO
+from rlctl.agents.td3 import TD3
 from rlctl.ops import gradients
 from rlctl.traced import CHECKS, TracedLoss
 from rlctl.types import Batch
@@ -192,8 +194,22 @@ def test_a_recording_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert said == ["not recorded: the loss of PPO: its recording does not give the same bits"]
 
 
+class WithModule(TD3):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.loss = torch.nn.MSELoss()
+
+
+def test_a_module_called_loss_stays_one() -> None:
+    agent = WithModule(tiny("td3").spec, tiny("td3").cfg)
+    accelerate(agent)
+    assert isinstance(agent.loss, torch.nn.MSELoss)
+
+
 def test_other_arguments_are_left_to_the_loss() -> None:
     agent = tiny("ppo")
+    named = TracedLoss(agent, lambda x, *, scale: x * scale, print)
+    assert named(torch.tensor(2.0), scale=3.0) == 6.0
     seen = []
     agent.loss = TracedLoss(agent, lambda batch: batch.obs.sum(), seen.append)  # type: ignore[assignment]
     batch: Batch = batch_for(agent)

@@ -83,6 +83,11 @@ class PreparedStarts:
         self._end.build(capture)
         self._finish.build(capture)
 
+    def draw_anew(self) -> None:
+        """Capture the draw again, as it is: its generator has got a new state object."""
+        mode = self._begin.mode
+        self._begin.build("eager" if mode == "none" else mode)
+
     def make_all(self) -> None:
         """Make a start for every world, however many draws that takes; waits for the device.
 
