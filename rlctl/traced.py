@@ -81,16 +81,19 @@ class TracedLoss:
             return self._loss(*args, **named)
         flat: list[Tensor] = []
         if not _flatten(args, flat):
-            return self._give_up("an argument is neither a tensor nor a tuple of tensors", args)
-        key = (self._agent.training, _numbers(self._agent), *[(x.shape, x.dtype) for x in flat])
+            self._give_up("an argument is neither a tensor nor a tuple of tensors")
+            return self._loss(*args)
+        key = (*_numbers(self._agent).items(), *[(x.shape, x.dtype) for x in flat])
         recording = self._recordings.get(key)
         if recording is None:
             if len(self._recordings) >= SHAPES:
-                return self._give_up("its arguments or settings change too often", args)
+                self._give_up("its arguments or settings change too often")
+                return self._loss(*args)
             try:
                 recording = self._recordings[key] = self._record(args, flat)
             except CannotTrace as e:
-                return self._give_up(str(e), args)
+                self._give_up(str(e))
+                return self._loss(*args)
         if recording.checked < CHECKS:
             return self._check(recording, args, flat)
         self.replays += 1
@@ -113,10 +116,8 @@ class TracedLoss:
             found.update(structure=structure, differentiable=roots[0], used=[g is not None for g in grads])
             return [x.detach() for x in leaves] + [g for g in grads if g is not None]
 
-        before = {name: x.clone() for name, x in agent.state_dict().items()}
-        numbers = _numbers(agent)
         try:
-            with _no_counters(agent), warnings.catch_warnings():
+            with _untouched(agent), _no_counters(agent), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TorchScript's own, of its age and of constants
                 with _Refuse():  # type: ignore[no-untyped-call]
                     loss_and_gradients(*flat)
@@ -128,11 +129,6 @@ class TracedLoss:
             raise
         except Exception as e:
             raise CannotTrace(f"recording it failed ({type(e).__name__}: {str(e).strip().splitlines()[-1]})") from e
-        after = agent.state_dict()
-        if moved := [name for name, x in before.items() if not torch.equal(x, after[name])]:
-            raise CannotTrace(f"it changes {', '.join(moved)}")
-        if _numbers(agent) != numbers:
-            raise CannotTrace("it counts in attributes of the agent")
         used = [p for p, wanted in zip(params, found["used"], strict=True) if wanted]
         return _Recording(program, used, found["structure"], found["differentiable"])
 
@@ -160,11 +156,10 @@ class TracedLoss:
         out[root] = loss
         return tree_unflatten(out[:count], recording.structure)
 
-    def _give_up(self, why: str, args: Any = None) -> Any:
+    def _give_up(self, why: str) -> None:
         self.reason = why
         self._recordings.clear()
         self._say(f"not recorded: the loss of {type(self._agent).__name__}: {why}")
-        return None if args is None else self._loss(*args)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -226,9 +221,30 @@ def _no_counters(agent: Agent) -> Iterator[None]:
         agent.counters = counters
 
 
-def _numbers(agent: Agent) -> tuple[Any, ...]:
-    """The agent's attributes that are plain numbers or words: constants of a recording."""
-    return tuple(x for x in vars(agent).values() if isinstance(x, int | float | str))
+@contextlib.contextmanager
+def _untouched(agent: Agent) -> Iterator[None]:
+    """Within, the agent's tensors and plain attributes may change: they are put back, and the loss is refused."""
+    tensors, numbers = {name: x.clone() for name, x in agent.state_dict().items()}, _numbers(agent)
+    try:
+        yield
+    finally:
+        now = agent.state_dict()
+        moved = [name for name, x in tensors.items() if not torch.equal(x, now[name])]
+        for name in moved:
+            now[name].copy_(tensors[name])
+        counted = [name for name, x in _numbers(agent).items() if name not in numbers or numbers[name] != x]
+        for name in counted:
+            delattr(agent, name)
+        vars(agent).update(numbers)
+    if moved:
+        raise CannotTrace(f"it changes {', '.join(moved)}")
+    if counted:
+        raise CannotTrace(f"it counts in attributes of the agent: {', '.join(counted)}")
+
+
+def _numbers(agent: Agent) -> dict[str, Any]:
+    """The agent's attributes that are plain numbers or words, `training` among them: constants of a recording."""
+    return {name: x for name, x in vars(agent).items() if isinstance(x, int | float | str)}
 
 
 def _flatten(args: Any, into: list[Tensor]) -> bool:

@@ -1,7 +1,8 @@
-"""Shared by all tests: one torch thread (tests run side by side), reproducible hypothesis, float64 on demand."""
+"""Shared by all tests: one torch thread (tests run side by side), reproducible draws, float64 on demand."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ torch.set_num_threads(1)
 
 settings.register_profile("rlctl", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("rlctl")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same draws on every run; another RLCTL_TEST_SEED shows which tests lean on these."""
+    torch.manual_seed(int(os.environ.get("RLCTL_TEST_SEED", "0")))
 
 
 @pytest.fixture

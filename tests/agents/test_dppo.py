@@ -199,7 +199,8 @@ def test_a_cloned_policy_is_the_start_and_its_beginning_stays() -> None:
     with agent.borrowed_rng(0):
         after = agent.act(obs, explore=True)[1]["chain"]
     assert torch.equal(before[:, 0], after[:, 0])  # what the first three steps make of the noise
-    assert (before[:, 1:] != after[:, 1:]).any(-1).any(-1).all()
+    moved = (before[:, 1:] != after[:, 1:]).any(-1).any(0)  # a clipped action may stay where it was
+    assert moved.all()
 
 
 def test_untrained_it_acts_like_the_cloned_policy_but_for_the_floor() -> None:

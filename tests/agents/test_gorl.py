@@ -12,8 +12,6 @@ import torch
 from agent_helpers import (
     NUM_ENVS,
     OBS_DIM,
-    StopAt,
-    assert_resumes_anywhere,
     batch_for,
     differing,
     recorded_inputs,
@@ -21,6 +19,7 @@ from agent_helpers import (
     tiny,
     transitions,
 )
+from interrupted_runs import StopAt, assert_resumes_anywhere
 from torch import Tensor
 
 import rlctl_envs

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import StopAt, Table, assert_resumes_anywhere, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
+from interrupted_runs import StopAt, assert_resumes_anywhere
 from torch import Tensor, nn
 
 from rlctl import agents

@@ -173,10 +173,13 @@ class Twofold(PPO):
 )
 def test_what_no_recording_can_give_again_is_refused(cls: type[PPO], why: str) -> None:
     agent = cls(tiny("ppo").spec, tiny("ppo").cfg)
+    plain = copy.deepcopy(agent)
     loss, said = traced(agent)
     rows = agent.prepare_rollout(batch_for(agent))
-    for _ in range(3):
-        loss(rows)
+    for _ in range(3):  # recording has left no trace: the loss has been worked out as often as it was asked for
+        assert torch.equal(loss(rows)[0], plain.loss(rows)[0])
+        assert differing(agent, snapshot(plain)) == []
+        assert getattr(agent, "calls", 0) == getattr(plain, "calls", 0)
     assert len(said) == 1
     assert why in said[0]
     assert loss.replays == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted_runs import StopAt
 
 from rlctl import agents
 from rlctl.agents.ppo import PPOConfig
@@ -16,17 +17,6 @@ from rlctl.run import Run, RunConfig
 from rlctl.train import off_policy, offline, on_policy
 from rlctl.types import Agent, Batch, Metrics, Spec
 from rlctl_envs.probes import make_probe
-
-
-class StopAt(Run):
-    """Behaves as if a signal came at a given progress."""
-
-    stop_at = -1
-
-    def tick(self, agent: Agent, metrics: list[Metrics], env_steps: int) -> None:  # type: ignore[override]
-        if self.progress + (env_steps or len(metrics)) >= self.stop_at > 0:
-            self._stop = True
-        super().tick(agent, metrics, env_steps)
 
 
 def made_up_data() -> Ring:
