@@ -87,13 +87,14 @@ def own_states(rows: Tensor, state_dim: int, spread: float, seed: int) -> tuple[
     return query, row
 
 
+@pytest.mark.parametrize("slack", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("beta", [0.1, 1.0, 2.0, 7.5])
 @pytest.mark.parametrize(("size", "spread"), [(1, 0.3), (8, 0.3), (8, 2.0), (64, 1.0), (1000, 1.0)])
-def test_short_lists_against_all_distances(size: int, spread: float, beta: float) -> None:
+def test_short_lists_against_all_distances(size: int, spread: float, beta: float, slack: float) -> None:
     """Whether the list settles all, some or none of the queries: the answer is that of the whole table."""
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(400, 5, generator=g) * torch.tensor([beta] * 3 + [1.0] * 2)
-    index = Shortlist(rows, 3, size)
+    index = Shortlist(rows, 3, size, slack)
     for seed in (1, 2):  # the second time some lists are there already
         query, row = own_states(rows, 3, spread, seed)
         ranked = by_hand(rows, query).argsort(-1)
@@ -119,6 +120,19 @@ def test_a_list_that_settles_a_query_does_not_ask_the_tree() -> None:
     far, row = own_states(rows, 3, 1.0, 1)
     index.nearest(far, 1, row)
     assert 0 < sum(asked) < 60
+
+
+def test_lists_of_many_dimensions_take_what_is_near_enough() -> None:
+    """Fewer states are compared, and the answers are those of all distances."""
+    rows = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    index, exact = Shortlist(rows, 17), Shortlist(rows, 17, slack=0)
+    assert index.slack == 1
+    assert Shortlist(rows, 12).slack == 0
+    query, row = own_states(rows, 17, 0.5, 1)
+    assert torch.equal(index.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
+    assert torch.equal(exact.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
+    assert (index.square[row][:, -1] >= exact.square[row][:, -1]).all()
+    assert (index.square[row][:, -1] > exact.square[row][:, -1]).any()
 
 
 def test_short_lists_with_equal_states() -> None:
