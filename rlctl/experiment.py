@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -110,6 +112,8 @@ class Settings:
 def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     """Merge layers of settings, weakest first, under them the packaged config of this algorithm on this task.
 
+    The task is the one asked for or, where there is but a dataset, the one that this names.
+
     A layer is a mapping with any of the keys of `KEYS`; keys that are none of them are taken as the agent's.
     """
     top = merge(*[_sectioned(layer) for layer in layers])
@@ -126,7 +130,8 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
         raise UsageError(f"{algo} learns in an environment: give one with --env, `rlctl envs` lists them")
     if top.get("data") and "data" not in cls.sources() | cls.accepts:
         raise UsageError(f"{algo} learns online and reads no dataset: leave --data out, or use an offline learner")
-    values = merge(packaged(algo, env), many_worlds(cls, top.get("agent", {})), top)
+    task = env or (_named_by(str(top["data"])) if top.get("data") else None)
+    values = merge(packaged(algo, task), many_worlds(cls, top.get("agent", {})), top)
     if values.get("agent", {}).get("offline_updates") is not None:
         _refuse_online(algo, cls)
     own = {f.name for f in fields(cls.Config)}
@@ -178,16 +183,30 @@ def many_worlds(cls: type[Agent], asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def packaged(algo: str, env: str | None) -> dict[str, Any]:
-    """The tuned config shipped for this pair, `configs/<algo>/<task>.yaml`; empty when there is none."""
+    """The config shipped for this pair, `configs/<algo>/<task>.yaml`; empty when there is none.
+
+    One named after the task without its version (`Hopper.yaml`) serves all versions that have none of their own.
+    """
     if env is None or ":" in algo:
         return {}
     name = env.replace(":", "-")
     here = Path(__file__).resolve().parent
     for root in (here / "configs", here.parent / "configs"):  # in a wheel, in a source tree
-        file = root / algo / f"{name}.yaml"
-        if file.exists():
-            return load_yaml(file)
+        for stem in dict.fromkeys((name, re.sub(r"-v\d+$", "", name))):
+            file = root / algo / f"{stem}.yaml"
+            if file.exists():
+                return load_yaml(file)
     return {}
+
+
+def _named_by(data: str) -> str | None:
+    """The task that a local Minari dataset says it is of; None where none is named, or no dataset found."""
+    from rlctl.data.arrays import DatasetError
+    from rlctl.data.dataset import named_task
+
+    with contextlib.suppress(DatasetError):  # loading it will say what is wrong
+        return named_task(data)
+    return None
 
 
 def load_yaml(file: Path) -> dict[str, Any]:

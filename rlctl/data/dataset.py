@@ -330,6 +330,15 @@ def locate(source: str) -> Path:
     return minari_files.find_minari(source.removesuffix("/main_data.hdf5"))
 
 
+def named_task(source: str) -> str | None:
+    """The id of the environment that a dataset's metadata names, without reading its data; None for flat files.
+
+    DatasetError when there is no such dataset.
+    """
+    file = locate(source)
+    return minari_files.describe(file).env_id if file.is_dir() else None
+
+
 def is_flat(source: str) -> bool:
     """Whether `source` names a file of flat arrays rather than a Minari dataset."""
     return source.endswith(flat_files.SUFFIXES) and Path(source).name != "main_data.hdf5"

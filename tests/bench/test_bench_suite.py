@@ -107,6 +107,23 @@ def test_mistakes_are_found_before_anything_starts(changes: dict[str, Any], mess
     assert "\n" not in str(e.value)
 
 
+def test_on_is_a_key_and_no_name_of_true(tmp_path: Path) -> None:
+    """As YAML 1.1 would have it."""
+    (tmp_path / "a.yaml").write_text(
+        "{seeds: 1, tasks: [Hopper], evaluation: {stochastic: true},\n algorithms: [{algo: ppo, on: {Hopper: {lr: 0.5}}}]}"
+    )
+    (cell,) = suite.load(str(tmp_path / "a.yaml")).cells
+    assert cell.settings.agent.lr == 0.5
+    assert cell.settings.run.eval_stochastic is True
+
+
+def test_the_weights_of_rebrac_are_those_of_each_set() -> None:
+    cells = [c for c in suite.load("offline-d4rl").cells if c.column == "rebrac" and c.seed == 0]
+    found = {c.source: (c.settings.agent.actor_bc, c.settings.agent.critic_bc) for c in cells}
+    assert found["hopper-medium-replay-v2"] == (0.05, 0.5)
+    assert found["halfcheetah-medium-v2"] == (0.001, 0.01)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("[1, 2]")
     (tmp_path / "broken.yaml").write_text("a: [")

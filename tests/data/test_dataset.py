@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlctl.data import Mix, Ring
-from rlctl.data.dataset import Dataset, DatasetError, load_dataset
+from rlctl.data.dataset import Dataset, DatasetError, load_dataset, named_task
+from rlctl.experiment import resolve
 from rlctl.types import Batch
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -127,6 +128,19 @@ def test_sources_id_folder_and_file_are_one(write_minari: Write) -> None:
     loaded = [load_dataset(str(s)) for s in ("toy/set-v0", folder, folder / "data", folder / "data" / "main_data.hdf5")]
     assert {d.id for d in loaded} == {"toy/set-v0"}
     assert len({d.sha256 for d in loaded}) == 1
+
+
+def test_the_config_shipped_for_the_task_a_dataset_names(write_minari: Write, write_d4rl: Write) -> None:
+    """Also where the task is not given: HalfCheetah's alpha of PRDC is 40. What is asked for wins."""
+    write_minari("toy/cheetah-v0", [episode(0, 4)], env="HalfCheetah-v4")
+    write_minari("toy/hopper-v0", [episode(0, 4)], env="Hopper-v5")
+    flat = str(write_d4rl("flat.hdf5", [episode(0, 4)]))
+    assert [named_task(d) for d in ("toy/cheetah-v0", "toy/hopper-v0", flat)] == ["HalfCheetah-v4", "Hopper-v5", None]
+    found = {d: resolve("prdc", [{"data": d}]).agent.alpha for d in ("toy/cheetah-v0", "toy/hopper-v0", flat, "gone")}
+    assert found == {"toy/cheetah-v0": 40, "toy/hopper-v0": 2.5, flat: 2.5, "gone": 2.5}
+    assert resolve("prdc", [{"data": flat, "env": "HalfCheetah"}]).agent.alpha == 40
+    assert resolve("prdc", [{"data": "toy/cheetah-v0", "env": "Hopper"}]).agent.alpha == 2.5
+    assert resolve("prdc", [{"data": "toy/cheetah-v0", "alpha": 1}]).agent.alpha == 1
 
 
 def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
