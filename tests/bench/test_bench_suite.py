@@ -109,8 +109,9 @@ def test_mistakes_are_found_before_anything_starts(changes: dict[str, Any], mess
 
 def test_on_is_a_key_and_no_name_of_true(tmp_path: Path) -> None:
     """As YAML 1.1 would have it."""
+    ppo = "{algo: ppo, on: {Hopper: {lr: 0.5}}}"
     (tmp_path / "a.yaml").write_text(
-        "{seeds: 1, tasks: [Hopper], evaluation: {stochastic: true},\n algorithms: [{algo: ppo, on: {Hopper: {lr: 0.5}}}]}"
+        f"{{seeds: 1, tasks: [Hopper], evaluation: {{stochastic: true}}, algorithms: [{ppo}]}}"
     )
     (cell,) = suite.load(str(tmp_path / "a.yaml")).cells
     assert cell.settings.agent.lr == 0.5
