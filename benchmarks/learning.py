@@ -1,7 +1,7 @@
 """Learning evidence: gather finished runs into small result files, draw their curves, print the table.
 
     python benchmarks/learning.py record RUN_DIR ...      # runs of rlctl -> benchmarks/results/learning/*.json
-    python benchmarks/learning.py report                  # those files -> curves.png and the table in Markdown
+    python benchmarks/learning.py report                  # those files -> curves.png and the tables in Markdown
 
 One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
 evaluation, the commit and the wall-clock; hardware, versions and physics once. Published figures live in `PUBLISHED`,
@@ -24,6 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS
 
 FOLDER = RESULTS / "learning"
+
+SHEETS = {"hopper": "hop", "halfcheetah": "hc"}
+D4RL = {
+    # D4RL v2, normalised, the last checkpoint of 1M updates (EDAC 3M), mean of four seeds: CORL's table
+    "bc": {"hc-mr": 35.7, "hop-mr": 29.8, "hop-me": 52.3},
+    "bc-10%": {"hc-mr": 23.6, "hop-mr": 70.4, "hop-me": 111.2},
+    "td3bc": {"hc-mr": 44.8, "hop-mr": 64.4, "hop-me": 101.2},
+    "awac": {"hc-mr": 45.1, "hop-mr": 98.9, "hop-me": 101.9},
+    "cql": {"hc-mr": 45.0, "hop-mr": 95.1, "hop-me": 99.3},
+    "iql": {"hc-mr": 44.5, "hop-mr": 97.4, "hop-me": 107.4},
+    "rebrac": {"hc-mr": 51.2, "hop-mr": 95.0, "hop-me": 109.5},
+    "edac": {"hc-mr": 62.1, "hop-mr": 99.7, "hop-me": 105.2},
+    # the paper's own
+    "a2pr": {"hc-mr": 56.6, "hop-mr": 101.5, "hop-me": 112.1},
+}
+"""Of other data with the same names and longer training: orientation, never to be averaged or ranked with ours."""
 
 PUBLISHED = {
     ("ppo", "Hopper-v5"): "1M: CleanRL v4 2383±272, baselines v2 2159±303, Tianshou v3 2609±701 (max over training)",
@@ -69,14 +85,14 @@ def record(folders: list[Path]) -> None:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         env = run["eval_env"]
         episodes: dict[int, list[float]] = defaultdict(list)
-        x = "updates" if run["data"] else "env_steps"
-        for line in (folder / "eval.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+        offline = not any(row["env_steps"] for row in rows)  # agents that go online with data count steps there
+        for row in rows:
             if not row["final"] and row["deterministic"]:
-                episodes[row[x]].append(row["return"])
+                episodes[row["updates" if offline else "env_steps"]].append(row["return"])
         session = run["sessions"][-1]
         final = dict(run["final"])
-        if not run["data"]:
+        if not offline:
             final.pop("normalized_score", None)  # that scale belongs to D4RL-like data
         seed = {
             "final": final,
@@ -89,6 +105,8 @@ def record(folders: list[Path]) -> None:
             "algo": run["algo"],
             "env": env,
             "data": run["data"],
+            "offline": offline,
+            "column": run.get("column") or run["algo"],
             "steps": config["agent"]["steps"],
             "physics": run["physics"],
             "config_key": run["config_key"],
@@ -118,25 +136,57 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.0f} ± {statistics.stdev(values):.0f}"
 
 
+def is_offline(result: dict[str, Any]) -> bool:
+    """Whether its agents learned from data alone."""
+    return bool(result.get("offline", result["data"] is not None))
+
+
+def offline_table(files: list[dict[str, Any]]) -> None:
+    """Learners by datasets: normalised return of the last agent, mean ± std over seeds (their number)."""
+    cells: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for r in files:
+        scores = [s["final"]["normalized_score"] for s in r["seeds"].values()]
+        spread_out = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        cell = f"{statistics.fmean(scores):.1f}{spread_out} ({len(scores)})"
+        kind = r["data"].removeprefix("ladder/").removesuffix("-v0")
+        task, _, rest = kind.partition("-")
+        short = f"{SHEETS.get(task, task)}-{''.join(word[0] for word in rest.split('-'))}"
+        row = cells[r.get("column", r["algo"]), r["steps"]]
+        if kind in row:
+            sys.exit(f"two configs of {r.get('column', r['algo'])} on {kind}: give one of them a column of its own")
+        there = D4RL.get(r["algo"] if r.get("column") not in D4RL else r["column"], {}).get(short)
+        row[kind] = cell + (f" / {there}" if there else "")
+    sets = sorted({kind for row in cells.values() for kind in row})
+    print("| learner | updates | " + " | ".join(sets) + " |")
+    print("|---" * (len(sets) + 2) + "|")
+    for (name, steps), row in sorted(cells.items()):
+        print(f"| {name} | {steps:,} | " + " | ".join(row.get(kind, "") for kind in sets) + " |")
+    print()
+
+
 def report() -> None:
-    """Print the table and draw the curves."""
+    """Print the tables and draw the curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    files = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
+    everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
+    offline_table([r for r in everything if is_offline(r)])
+    files = [r for r in everything if not is_offline(r)]
     print("| algorithm | task | steps | seeds | final return, mean ± std over seeds | each seed | published |")
     print("|---|---|---|---|---|---|---|")
     for r in files:
         finals = [s["final"]["return_mean"] for s in r["seeds"].values()]
         each = ", ".join(f"{v:.0f}" for v in finals)
         reference = PUBLISHED.get((r["algo"], r["env"]), "")
-        task = r["env"] + (f", data {r['data']}" if r["data"] else "")
-        print(f"| {r['algo']} | {task} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
+        print(
+            f"| {r['algo']} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |"
+        )
     panels: dict[str, list[Any]] = defaultdict(list)
-    for r in files:
-        panels[f"{r['env']}, {r['steps'] // 1000}k " + ("updates" if r["data"] else "steps")].append(r)
+    for r in everything:
+        length = f"{r['steps'] // 1000}k " + ("updates" if is_offline(r) else "steps")
+        panels[f"{r['data'] if is_offline(r) else r['env']}, {length}"].append(r)
     cols = 3
     rows = -(-len(panels) // cols)
     fig, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3.6 * rows), squeeze=False, layout="constrained")
@@ -146,7 +196,8 @@ def report() -> None:
         for i, r in enumerate(results):
             for k, s in enumerate(r["seeds"].values()):
                 xs, ys = zip(*s["curve"], strict=True)
-                label = f"{r['algo']} ({len(r['seeds'])} seeds)" if k == 0 else None
+                name = r.get("column", r["algo"]) + (" with data" if r["data"] and not is_offline(r) else "")
+                label = f"{name} ({len(r['seeds'])} seeds)" if k == 0 else None
                 ax.plot(xs, ys, color=f"C{i}", lw=1, alpha=0.8, label=label)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("gradient steps" if "updates" in title else "environment steps")
