@@ -116,7 +116,7 @@ def test_a_list_that_settles_a_query_does_not_ask_the_tree() -> None:
     query, row = own_states(rows, 3, 1e-3, 1)
     assert torch.equal(index.nearest(query, 1, row), row)
     assert asked == []
-    assert int(index.listed.sum()) == len(row.unique())
+    assert int((index.slack < torch.inf).sum()) == len(row.unique())
     far, row = own_states(rows, 3, 1.0, 1)
     index.nearest(far, 1, row)
     assert 0 < sum(asked) < 60
@@ -126,13 +126,28 @@ def test_lists_of_many_dimensions_take_what_is_near_enough() -> None:
     """Fewer states are compared, and the answers are those of all distances."""
     rows = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
     index, exact = Shortlist(rows, 17), Shortlist(rows, 17, slack=0)
-    assert index.slack == 1
-    assert Shortlist(rows, 12).slack == 0
-    query, row = own_states(rows, 17, 0.5, 1)
-    assert torch.equal(index.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
-    assert torch.equal(exact.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
+    assert (index.slacks, exact.slacks, Shortlist(rows, 12).slacks) == ((1.0, 0.0), (0.0,), (0.0,))
+    query, row = own_states(rows, 17, 0.1, 1)
+    for search in (index, exact):
+        assert torch.equal(search.nearest(query, 1, row), row)
+    assert (index.slack[row] == 1).all()  # near the data such a list is enough
     assert (index.square[row][:, -1] >= exact.square[row][:, -1]).all()
     assert (index.square[row][:, -1] > exact.square[row][:, -1]).any()
+
+
+def test_a_list_with_slack_that_does_not_settle_a_query_is_made_anew() -> None:
+    rows = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    index = Shortlist(rows, 17)
+    asked: list[int] = []
+    inner = index.whole.nearest
+    index.whole.nearest = lambda q, k=1, row=None: (asked.append(len(q)), inner(q, k))[1]  # type: ignore[method-assign]
+    query, row = own_states(rows, 17, 1.3, 1)
+    assert torch.equal(index.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
+    once = index.slack[row].clone()
+    assert set(once.tolist()) == {0.0, 1.0}
+    assert 0 < sum(asked) < int((once == 0).sum())  # some, but not all of those, are left to the tree
+    index.nearest(query, 1, row)
+    assert torch.equal(index.slack[row], once)
 
 
 def test_short_lists_with_equal_states() -> None:
