@@ -13,7 +13,8 @@
       - {algo: sac, name: sac-utd2, set: {updates_per_step: 2}, on: {Hopper: {gamma: 0.98}}}
       - {algo: "sb3:ppo", set: {num_envs: 8, n_steps: 256, normalize: true}, only: [Hopper]}
 
-An algorithm that learns from data meets the datasets, any other one the tasks. Settings are taken from, weakest first:
+An algorithm that learns from data meets the datasets, any other one the tasks; one that may have data besides (expo,
+rlpd) the datasets that its `only` names. Settings are taken from, weakest first:
 the algorithm's defaults, the config shipped for the task, the suite's `set`, the budget, the source's `set`, the
 algorithm's `steps` and `set`, and its `on` for that source. The evaluation protocol is the suite's alone.
 """
@@ -299,10 +300,14 @@ def _named(name: str, sources: list[Source], where: str) -> str:
 
 
 def _met_by(a: Algorithm, sources: list[Source]) -> list[Source]:
-    """The sources that `a` learns from: datasets if it needs data, else tasks; of them those of its `only`."""
-    wants_data = "data" in agents.get(a.algo).sources()
+    """The sources that `a` learns from: datasets if it needs data, else tasks; of them those of its `only`.
+
+    One that may be given data beside its environment meets the datasets that its `only` names.
+    """
+    cls = agents.get(a.algo)
+    wants_data, takes_data = "data" in cls.sources(), "data" in cls.accepts
     kind = "datasets" if wants_data else "tasks"
-    fitting = [s for s in sources if (s.data is not None) == wants_data]
+    fitting = [s for s in sources if (s.data is not None) == wants_data or (takes_data and s.name in a.only)]
     if unfit := set(a.only) - {s.name for s in fitting}:
         raise UsageError(f"{a.name} learns from {kind}: it cannot meet {', '.join(sorted(unfit))}")
     if not fitting:

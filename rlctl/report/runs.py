@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
+from rlctl import agents
 from rlctl.data.reference import dataset_labels
 from rlctl.errors import UsageError
 from rlctl.report.stats import Floats
@@ -135,10 +137,19 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
         task = Task("unknown", "unknown")
         return [*records, RunRecord(str(suite / PLAN), "unknown", task, None, "unreadable", note=note)]
     named = [
-        replace(r, label=cells[r.where]["column"], command=command, suite=about) if r.where in cells else r
+        replace(
+            r,
+            label=_label(cells[r.where]["column"], r.algo, r.task, cells[r.where]["data"]),
+            command=command,
+            suite=about,
+        )
+        if r.where in cells
+        else r
         for r in records
     ]
-    tasks = {cells[r.where]["source"]: r.task for r in records if r.where in cells}
+    # data may be all there is to learn from, or stand beside an environment: two tasks of one source
+    kinds = {where: (c["source"], _has_data_besides(c["algo"])) for where, c in cells.items()}
+    tasks = {kinds[r.where]: r.task for r in records if r.where in cells}
     errors = _errors(suite / "ledger.jsonl")
     started = {r.where for r in records}
     for where, c in cells.items():
@@ -146,12 +157,26 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
             continue
         guess = Task("online", c["source"], c["env"])
         if c["data"] is not None:
-            guess = _task({}, {"data": c["data"], "env": c["env"]}, online=bool(c.get("offline_updates")))
+            agent = {"learning_starts": 0} if kinds[where][1] else {}
+            config = {"data": c["data"], "env": c["env"], "agent": agent}
+            guess = _task({}, config, online=bool(c.get("offline_updates")))
         note = errors.get(c["id"]) or f"planned by the suite '{name}', not started"
-        task = tasks.get(c["source"], guess)
-        more = {"label": c["column"], "note": note, "planned": c["steps"], "suite": about}
+        task = tasks.get(kinds[where], guess)
+        more = {
+            "label": _label(c["column"], c["algo"], task, c["data"]),
+            "note": note,
+            "planned": c["steps"],
+            "suite": about,
+        }
         named.append(RunRecord(where, c["algo"], task, c["seed"], "missing", **more))
     return named
+
+
+def _has_data_besides(algo: str) -> bool:
+    """Whether an algorithm learns in an environment and may be given data for it."""
+    with contextlib.suppress(UsageError, ImportError):  # a plug-in that is not here any more
+        return "data" in agents.get(algo).accepts
+    return False
 
 
 def _errors(ledger: Path) -> dict[str, str]:
@@ -195,9 +220,13 @@ def read_run(folder: Path) -> RunRecord:
         note = f"{folder.name} cannot be read: {type(e).__name__}: {e}"
         return RunRecord(str(folder), "unknown", Task("unknown", "unknown"), None, "unreadable", note=_line(note))
     last = _last_row(folder / "metrics.jsonl")
-    offline_updates = (config.get("agent") or {}).get("offline_updates")
+    agent = config.get("agent") or {}
+    offline_updates = agent.get("offline_updates")
     # asked of the settings too: such a run may end before its first step in the environment
     task = _task(record, config, online=last.get("env_steps", 0) > 0 or offline_updates is not None)
+    label = _label(
+        str(record.get("column") or ""), str(record.get("algo")), task, record.get("data", config.get("data"))
+    )
     status, note = _status(record)
     counts = "updates" if task.unit == "updates" else "env_steps"
     before = offline_updates or 0 if counts == "env_steps" else 0  # `progress` counts both parts
@@ -222,7 +251,7 @@ def read_run(folder: Path) -> RunRecord:
         algo=str(record.get("algo") or config.get("algo") or "unknown"),
         task=task,
         seed=record.get("seed", config.get("seed")),
-        label=str(record.get("column") or ""),
+        label=label,
         status=status,
         protocol=protocol,
         episodes=tuple(episodes),
@@ -243,6 +272,11 @@ def read_run(folder: Path) -> RunRecord:
         command=_command(record.get("sessions") or []),
         dataset=str((record.get("dataset") or {}).get("sha256") or "")[:12],
     )
+
+
+def _label(column: str, algo: str, task: Task, data: object) -> str:
+    """What a run is called where that is not its algorithm: its column, and the data an online agent has besides."""
+    return f"{column or algo} with {data}" if task.family == "online" and data else column
 
 
 def _status(record: Mapping[str, Any]) -> tuple[Status, str]:
@@ -268,7 +302,9 @@ def _task(record: Mapping[str, Any], config: Mapping[str, Any], online: bool) ->
     if options.get("physics") == "published":
         del options["physics"]
     changed = f" ({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})" if options else ""
-    if data is None:
+    # an off-policy agent that is given data besides takes on the same task as one that is not: its label says so
+    off_policy = "learning_starts" in (config.get("agent") or {})
+    if data is None or off_policy:
         return Task("online", f"{env}{changed}", env)
     found = record.get("dataset") or {}
     labels = found if "benchmark" in found else dataset_labels(str(data), "")

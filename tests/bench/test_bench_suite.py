@@ -118,6 +118,26 @@ def test_on_is_a_key_and_no_name_of_true(tmp_path: Path) -> None:
     assert cell.settings.run.eval_stochastic is True
 
 
+def test_agents_that_may_have_data_meet_the_datasets_they_name(tmp_path: Path) -> None:
+    p = plan(
+        tmp_path,
+        tasks=["Hopper"],
+        datasets=[{"data": str(tmp_path / "mine.npz"), "env": "Hopper", "name": "mine"}],
+        algorithms=["sac", "bc", {"algo": "rlpd", "only": ["mine"]}, {"algo": "rlpd", "name": "rlpd-alone"}],
+    )
+    met = {c.column: (c.source, c.settings.data is not None, c.settings.env) for c in p.cells}
+    assert met["rlpd"] == ("mine", True, "Hopper-v5")
+    assert met["rlpd-alone"] == met["sac"] == ("Hopper-v5", False, "Hopper-v5")
+    assert met["bc"] == met["rlpd"]
+    with pytest.raises(UsageError, match="sac learns from tasks"):
+        plan(
+            tmp_path,
+            tasks=["Hopper"],
+            datasets=["hopper-medium-v2"],
+            algorithms=[{"algo": "sac", "only": ["hopper-medium-v2"]}],
+        )
+
+
 def test_the_weights_of_rebrac_are_those_of_each_set() -> None:
     cells = [c for c in suite.load("offline-d4rl").cells if c.column == "rebrac" and c.seed == 0]
     found = {c.source: (c.settings.agent.actor_bc, c.settings.agent.critic_bc) for c in cells}

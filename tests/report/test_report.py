@@ -316,6 +316,40 @@ def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
     assert [r.status for _, r in a.grid.troubles] == ["diverged", "failed"]
 
 
+def test_an_online_agent_with_data_stands_beside_those_without(write_run: Write, tmp_path: Path) -> None:
+    """The task is the same; what one of them was given besides is part of its name."""
+    data = "mine/hopper-v0"
+    more = {"data": data, "dataset": dataset(data, "Minari", 0), "steps": 200, "settings": {"learning_starts": 50}}
+    for seed in range(3):
+        write_run("sac", "Hopper-v5", seed, 500.0, steps=200)
+        folder = write_run("expo", "Hopper-v5", seed, 900.0, **more)
+        config = yaml.safe_load((folder / "config.yaml").read_text()) | {"env": "Hopper-v5"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        run = json.loads((folder / "run.json").read_text()) | {"env": "Hopper-v5", "data": data}
+        (folder / "run.json").write_text(json.dumps(run))
+        rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+        moved = [json.dumps(row | {"env_steps": row["updates"]}) for row in rows]
+        (folder / "eval.jsonl").write_text("\n".join(moved) + "\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"env_steps": 200, "updates": 150}) + "\n")
+    a = analyzed(tmp_path)
+    (f,) = a.families
+    assert (f.name, [t.name for t in f.tasks]) == ("online", ["Hopper-v5"])
+    assert {c for c, _ in a.grid.cells} == {"sac", f"expo with {data}"}
+    assert max(f.curves[f.tasks[0]], key=lambda band: band.y[-1]).x[-1] == 200  # environment steps, not updates
+
+
+def test_cells_nobody_started_of_a_suite_with_data_besides(write_run: Write, tmp_path: Path) -> None:
+    cells = [
+        {"id": f"{algo}/0", "algo": algo, "column": algo, "source": "mine/x-v0", "env": "Hopper-v5", "seed": 0}
+        | {"data": "mine/x-v0", "steps": 100, "offline_updates": 0}
+        for algo in ("expo", "iql")
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"suite": "mine", "cells": cells}))
+    (tmp_path / "s.csv").write_text("algo,task,seed,step,return\nx,T,0,1,2\n")
+    lost = [(r.label, r.task.family) for r in runs.load([tmp_path, tmp_path / "s.csv"]) if r.status == "missing"]
+    assert lost == [("expo with mine/x-v0", "online"), ("iql", "own data")]
+
+
 def test_cells_nobody_started_stand_in_the_family_they_were_planned_for(tmp_path: Path) -> None:
     """As far as it is known: whose data it is, a plan does not say."""
     name = "mujoco/hopper/medium-v0"
