@@ -201,15 +201,15 @@ def find(name: str) -> Path:
     raise UsageError(f"no suite '{name}': {hint} Shipped are {', '.join(shipped) or 'none'}")
 
 
-class _Loader(yaml.SafeLoader):
+class _SafeLoader(yaml.SafeLoader):
     """`on` is a word, as in YAML 1.2, and not a name of the value true: it is a key of a suite."""
 
 
-_Loader.yaml_implicit_resolvers = {
+_SafeLoader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+_SafeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
@@ -218,7 +218,7 @@ def load(name: str, *, seeds: list[int] | None = None) -> Plan:
     """Read and validate a suite; UsageError with file and place at the first mistake. `seeds` replaces the file's."""
     path = find(name)
     try:
-        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506 - it is a SafeLoader
+        raw = yaml.load(path.read_text(), _SafeLoader)  # noqa: S506 - a safe loader
     except OSError as e:
         raise UsageError(f"cannot read the suite {path}: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:

@@ -49,37 +49,30 @@ class Tree:
         return torch.from_numpy(index[:, 0]).to(query.device)
 
 
-EXACT_DIMS = 12
-"""Up to this many dimensions of the state, short lists hold the very nearest at once. At 11 (Hopper) that takes 0.2 ms
-a row; at 17 (HalfCheetah) 5.2 ms, and 0.4 ms with slack 1, which settles 94 to 98 % of questions near the data."""
+TREE_STATE_DIMS = 12
+"""Up to this many dimensions of the state, the nearest states of a row are found by a tree, above by `_Groups`."""
 
 
 class Shortlist:
     """For queries (the state of a row, any action): first among the rows whose states are nearest to that one.
 
-    The `size` nearest states of a row are found once, when it is first asked for, by a tree over states alone. The
-    squared distance to a listed row is that of the states, which is kept, plus that of the actions. A row outside of
-    the list is no nearer than the farthest listed state: where the best listed row is within that distance, it is the
-    nearest of all. The other queries, and those without a row, go to a tree over whole rows. The lists take 12 `size`
-    bytes per row of the table.
-
-    Finding the very nearest states is dear in many dimensions, and mostly not needed: with slack e the tree passes over
-    what is not closer than 1 / (1 + e) of the farthest it lists, so a row outside of the list is no nearer than that. A
-    list that does not settle a query is made anew without slack, once, before the tree over whole rows is asked.
+    The `size` nearest states of a row are found once, when it is first asked for. The squared distance to a listed row
+    is that of the states, which is kept, plus that of the actions. A row outside of the list is no nearer than the
+    farthest listed state: where the best listed row is within that distance, it is the nearest of all. The other
+    queries, and those without a row, go to a tree over whole rows. The lists take 12 `size` bytes per row of the table.
     """
 
     host_reads = Tree.host_reads
 
-    def __init__(self, rows: Tensor, state_dim: int, size: int = 32, slack: float | None = None) -> None:
-        """Index `rows` [M, D], of which the first `state_dim` numbers are the state; `slack` None: by dimension."""
+    def __init__(self, rows: Tensor, state_dim: int, size: int = 32, search: _States | None = None) -> None:
+        """Index `rows` [M, D], of which the first `state_dim` numbers are the state; `search` None: by dimension."""
         self.whole = Tree(rows)
         wide = rows.double()
         self.states, self.actions = wide[:, :state_dim].contiguous(), wide[:, state_dim:].contiguous()
-        self.by_state = Tree(self.states)
+        self.search = search or (_ByTree if state_dim <= TREE_STATE_DIMS else _Groups)(self.states)
         self.size = min(size, len(rows))
-        first = (0.0 if state_dim <= EXACT_DIMS else 1.0) if slack is None else slack
-        self.slacks = (first, 0.0) if first else (0.0,)
-        self.slack = torch.full((len(rows),), float("inf"), device=rows.device)  # of the list of a row; inf: none yet
+        # squared distance of states within which a list holds every row; negative where there is no list yet
+        self.reach = torch.full((len(rows),), -1.0, dtype=torch.float64, device=rows.device)
         self.near = torch.empty(len(rows), self.size, dtype=torch.int32, device=rows.device)
         self.square = torch.empty(len(rows), self.size, dtype=torch.float64, device=rows.device)
 
@@ -88,38 +81,87 @@ class Shortlist:
         if row is None or k > self.size:
             return self.whole.nearest(query, k)
         _check(query, k, self.whole.tree.n, self.whole.tree.m)
+        known = row.clamp(min=0)
+        self.fill(known)
+        near, square = self.near[known].long(), self.square[known]
         action = query.detach().double()[:, self.states.shape[-1] :]
-        found = torch.empty_like(row)
-        open_ = (row >= 0).nonzero()[:, 0]
-        for slack in self.slacks:
-            found[open_], settled = self._listed(action[open_], k, row[open_], slack)
-            open_ = open_[~settled]
-        asked = torch.cat([open_, (row < 0).nonzero()[:, 0]])
+        best, at = _smallest(square + (self.actions[near] - action.unsqueeze(1)).square().sum(-1), k)
+        found = near.gather(-1, at)[:, k - 1]
+        asked = ((best[:, k - 1] > self.reach[known]) | (row < 0)).nonzero()[:, 0]
         if len(asked):
             found[asked] = self.whole.nearest(query[asked], k)
         return found
 
-    def _listed(self, action: Tensor, k: int, row: Tensor, slack: float) -> tuple[Tensor, Tensor]:
-        """The k-th nearest of the listed rows to (the state of `row`, `action`), and whether none is nearer, [B]."""
-        self.fill(row, slack)
-        near, square = self.near[row].long(), self.square[row]
-        best, at = _smallest(square + (self.actions[near] - action.unsqueeze(1)).square().sum(-1), k)
-        settled = best[:, k - 1] <= square[:, -1] / (1 + self.slack[row].double()).square()
-        if self.size == self.whole.tree.n:
-            settled = torch.ones_like(settled)
-        return near.gather(-1, at)[:, k - 1], settled
+    def fill(self, row: Tensor) -> None:
+        """Make the lists of `row` [B] int64, where they are missing."""
+        missing = torch.unique(row[self.reach[row] < 0])
+        for some in missing.split(256) if len(missing) else ():  # in parts, which bounds the memory of the search
+            near, square, reach = self.search.lists(self.states[some], self.size)
+            self.near[some], self.square[some] = near.to(self.near), square
+            self.reach[some] = reach if self.size < len(self.states) else torch.inf
 
-    def fill(self, row: Tensor, slack: float) -> None:
-        """Make the lists of `row` [B] int64 that are missing or were made with more slack."""
-        missing = torch.unique(row[self.slack[row] > slack])
-        if len(missing):
-            distance, near = self.by_state.tree.query(
-                self.states[missing].cpu().numpy(), self.size, eps=slack, workers=torch.get_num_threads()
-            )
-            shape = (len(missing), self.size)  # a list of one comes without its axis
-            self.near[missing] = torch.from_numpy(near.reshape(shape)).to(self.near)
-            self.square[missing] = torch.from_numpy(distance.reshape(shape)).to(self.square).square()
-            self.slack[missing] = slack
+
+class _States(Protocol):
+    """A table of states [M, S] that can be asked for the nearest of many."""
+
+    def lists(self, query: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each `query` [B, S] the `size` nearest rows, their squared distances (float64), both [B, size] and
+        ascending, and the squared distance [B] that no other row is within."""
+
+
+class _ByTree:
+    def __init__(self, states: Tensor) -> None:
+        self.tree = Tree(states).tree
+
+    def lists(self, query: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        distance, near = self.tree.query(query.cpu().numpy(), size, workers=torch.get_num_threads())
+        shape = (len(query), size)  # a list of one comes without its axis
+        square = torch.from_numpy(distance.reshape(shape)).to(query).square()
+        return torch.from_numpy(near.reshape(shape)).to(query.device), square, square[:, -1]
+
+
+class _Groups:
+    """All distances in float32 as one matrix product, of which the least of each `GROUP` rows is kept; the rows of the
+    groups that come first are then compared in float64.
+
+    Where a tree has to visit most of its leaves this costs a tenth to a twentieth. What float32 may hide is taken off
+    the distance that no other row is within, so no answer depends on it.
+    """
+
+    GROUP, SPARE, CHUNK = 32, 8, 1 << 12
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states.double()
+        self.centre = self.states.mean(0)
+        x = self.states - self.centre  # near the origin float32 rounds least
+        square = x.square().sum(-1, keepdim=True)
+        self.largest = float(square.max())
+        self.table = torch.cat([x, square], -1).float()
+        pad = self.table.new_zeros(-len(x) % self.GROUP, x.shape[-1] + 1)
+        pad[:, -1] = torch.inf  # rows that are infinitely far
+        self.table = torch.cat([self.table, pad])
+
+    def lists(self, query: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        wide = query.double()
+        q = wide - self.centre
+        own = q.square().sum(-1)
+        factor = torch.cat([-2 * q, torch.ones_like(q[:, :1])], -1).float()
+        parts = [self.table[k : k + self.CHUNK] for k in range(0, len(self.table), self.CHUNK)]
+        least = torch.cat([(factor @ x.T).view(len(q), -1, self.GROUP).amin(-1) for x in parts], -1)
+        # the `size` nearest rows lie in the `size` groups with the nearest rows, but for what float32 confuses
+        taken = min(size + self.SPARE, least.shape[-1])
+        values, group = least.topk(min(taken + 1, least.shape[-1]), largest=False)
+        row = group[:, :taken, None] * self.GROUP + torch.arange(self.GROUP, device=query.device)
+        row = row.flatten(1)
+        real = row < len(self.states)
+        row = row.clamp(max=len(self.states) - 1)
+        apart = (self.states[row] - wide.unsqueeze(1)).square().sum(-1).where(real, torch.inf)
+        square, at = apart.topk(size, largest=False)
+        reach = square[:, -1]
+        if taken < least.shape[-1]:
+            rounding = (q.shape[-1] + 3) * torch.finfo(torch.float32).eps * (own + 2 * self.largest)
+            reach = torch.minimum(reach, values[:, taken].double() + own - rounding).clamp(min=0)
+        return row.gather(-1, at), square, reach
 
 
 class Matrix:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlctl.data.neighbours import Matrix, Neighbours, Shortlist, Tree, neighbours
+from rlctl.data.neighbours import Matrix, Neighbours, Shortlist, Tree, _ByTree, _Groups, neighbours
 
 SEARCHES: dict[str, Callable[[Tensor], Neighbours]] = {
     "tree": Tree,
@@ -87,14 +87,16 @@ def own_states(rows: Tensor, state_dim: int, spread: float, seed: int) -> tuple[
     return query, row
 
 
-@pytest.mark.parametrize("slack", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("search", [_ByTree, _Groups])
 @pytest.mark.parametrize("beta", [0.1, 1.0, 2.0, 7.5])
 @pytest.mark.parametrize(("size", "spread"), [(1, 0.3), (8, 0.3), (8, 2.0), (64, 1.0), (1000, 1.0)])
-def test_short_lists_against_all_distances(size: int, spread: float, beta: float, slack: float) -> None:
+def test_short_lists_against_all_distances(
+    size: int, spread: float, beta: float, search: type[_ByTree | _Groups]
+) -> None:
     """Whether the list settles all, some or none of the queries: the answer is that of the whole table."""
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(400, 5, generator=g) * torch.tensor([beta] * 3 + [1.0] * 2)
-    index = Shortlist(rows, 3, size, slack)
+    index = Shortlist(rows, 3, size, search(rows[:, :3].double()))
     for seed in (1, 2):  # the second time some lists are there already
         query, row = own_states(rows, 3, spread, seed)
         ranked = by_hand(rows, query).argsort(-1)
@@ -116,38 +118,33 @@ def test_a_list_that_settles_a_query_does_not_ask_the_tree() -> None:
     query, row = own_states(rows, 3, 1e-3, 1)
     assert torch.equal(index.nearest(query, 1, row), row)
     assert asked == []
-    assert int((index.slack < torch.inf).sum()) == len(row.unique())
+    assert int((index.reach >= 0).sum()) == len(row.unique())
     far, row = own_states(rows, 3, 1.0, 1)
     index.nearest(far, 1, row)
     assert 0 < sum(asked) < 60
 
 
-def test_lists_of_many_dimensions_take_what_is_near_enough() -> None:
-    """Fewer states are compared, and the answers are those of all distances."""
-    rows = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
-    index, exact = Shortlist(rows, 17), Shortlist(rows, 17, slack=0)
-    assert (index.slacks, exact.slacks, Shortlist(rows, 12).slacks) == ((1.0, 0.0), (0.0,), (0.0,))
-    query, row = own_states(rows, 17, 0.1, 1)
-    for search in (index, exact):
-        assert torch.equal(search.nearest(query, 1, row), row)
-    assert (index.slack[row] == 1).all()  # near the data such a list is enough
-    assert (index.square[row][:, -1] >= exact.square[row][:, -1]).all()
-    assert (index.square[row][:, -1] > exact.square[row][:, -1]).any()
+def test_how_near_states_are_found_goes_by_their_dimension() -> None:
+    rows = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    assert isinstance(Shortlist(rows, 12).search, _ByTree)
+    assert isinstance(Shortlist(rows, 13).search, _Groups)
 
 
-def test_a_list_with_slack_that_does_not_settle_a_query_is_made_anew() -> None:
-    rows = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
-    index = Shortlist(rows, 17)
-    asked: list[int] = []
-    inner = index.whole.nearest
-    index.whole.nearest = lambda q, k=1, row=None: (asked.append(len(q)), inner(q, k))[1]  # type: ignore[method-assign]
-    query, row = own_states(rows, 17, 1.3, 1)
-    assert torch.equal(index.nearest(query, 1, row), by_hand(rows, query).argmin(-1))
-    once = index.slack[row].clone()
-    assert set(once.tolist()) == {0.0, 1.0}
-    assert 0 < sum(asked) < int((once == 0).sum())  # some, but not all of those, are left to the tree
-    index.nearest(query, 1, row)
-    assert torch.equal(index.slack[row], once)
+@pytest.mark.parametrize("size", [1, 5, 32, 70])
+def test_groups_find_the_states_that_a_tree_finds(size: int) -> None:
+    """Also with a last group that is not full, far from the origin, and where float32 cannot tell rows apart."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(70, 6, generator=g).double().repeat(45, 1)[:3001] + 1e-3 * torch.randn(3001, 6, generator=g)
+    for states in (torch.randn(3001, 17, generator=g).double(), rows, rows + 300, rows[:70]):
+        near, square, reach = _Groups(states).lists(states[:50], size)
+        distances = (states[:50, None] - states).square().sum(-1).sort(-1)
+        torch.testing.assert_close(square, distances.values[:, :size], rtol=1e-9, atol=1e-12)
+        assert torch.equal((states[near] - states[:50, None]).square().sum(-1), square)
+        beyond = torch.ones(50, len(states), dtype=torch.bool).scatter_(1, near, False)
+        others = (states[:50, None] - states).square().sum(-1).where(beyond, torch.inf).amin(-1)
+        assert (reach <= others + 1e-9).all()
+        assert (reach >= 0).all()
+    assert (_Groups(states).lists(states[:50], 5)[2] > 0).any()
 
 
 def test_short_lists_with_equal_states() -> None:
