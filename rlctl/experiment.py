@@ -22,7 +22,7 @@ import rlctl_envs
 from rlctl import agents, checkpoint, parallel
 from rlctl.accelerate import Report, accelerate
 from rlctl.config import as_plain, build, fingerprint, merge, numbers, unknown_key
-from rlctl.data.reference import dataset_labels, run_score
+from rlctl.data.reference import run_score
 from rlctl.data.reward import RewardTransform
 from rlctl.display import Display
 from rlctl.errors import Interrupted, UsageError
@@ -436,7 +436,7 @@ def _carry_out(
             make_eval_env=eval_env if env_id is not None and mine is not None else None,
             display=display,
             score=lambda ret: None if env_id is None else run_score(env_id, ret, on_data=settings.data is not None),
-            labels=dataset_labels(data.id, data.origin.format) if data is not None else {},
+            labels={} if data is None else data.labels(),
             resume=resume,
             follow=folder if rank else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from rlctl.data import minari_files
 from rlctl.data.arrays import DatasetError, Origin, Table
 from rlctl.data.dataset import is_flat, read
-from rlctl.data.flat_files import HDF5, SUFFIXES
+from rlctl.data.flat_files import HDF5, MARK, SUFFIXES, import_h5py
 from rlctl.data.reference import reference_name, reference_scores
 from rlctl.data.write import Played, check_new_id, check_storage, spec_of, to_buffer, write_minari
 from rlctl.errors import UsageError
@@ -32,9 +33,11 @@ def convert(
     Either `out`, a flat file (.hdf5 or .h5 in D4RL's layout, or .npz), or `id`, a Minari dataset in `storage`.
 
     - Minari to Minari keeps everything, infos, Dict observations, action units and metadata included.
-    - Minari to a flat file: observations flattened and actions in [-1, 1], as `read_minari` tells; float32.
-    - A flat file to Minari: the exact view, observations float32, actions a Box of [-1, 1]. Where the file lacks
-      successors the last row of an episode that timed out is lost. `env` names the Gymnasium task for the spec.
+    - Anything to a flat file: the exact view, observations flattened and actions in [-1, 1], as `read_minari` tells;
+      float32. The file keeps the label of its source (D4RL, Minari, own), whatever it is called.
+    - A flat file to Minari: the exact view, observations float32, actions a Box of [-1, 1]. `env` names the Gymnasium
+      task for the spec. Where the file lacks successors the last row of an episode that timed out is lost, and the
+      observation that Minari wants after a terminal row is the last one repeated.
 
     Either way both flags and all successors that the source knows are kept. UsageError or DatasetError before anything
     is written: no target or two, one that exists, a package that is missing.
@@ -46,8 +49,10 @@ def convert(
             raise UsageError(f"{out} should end in .npz or {' or '.join(HDF5)}")
         if out.exists():
             raise UsageError(f"{out} exists: choose another --out")
-        table, _ = read(source, episode_len=episode_len)
-        return write_flat(table, out)
+        if out.suffix in HDF5:
+            import_h5py("writing")
+        table, origin = read(source, episode_len=episode_len)
+        return write_flat(table, out, origin)
     assert id is not None
     check_new_id(id)
     check_storage(storage)
@@ -62,11 +67,15 @@ def convert(
     return _to_minari(table, origin, id, storage, spec, author)
 
 
-def write_flat(table: Table, path: Path) -> Path:
+def write_flat(table: Table, path: Path, origin: Origin | None = None) -> Path:
     """Write a table in D4RL's layout: observations, actions, rewards, next_observations, terminals, timeouts.
 
-    An .npz holds the same arrays, uncompressed.
+    An .npz holds the same arrays, uncompressed. `origin` is where the table was read from, None if it was not; the file
+    says so (`flat_files.MARK`), lest its name alone make it one of D4RL's. DatasetError without h5py for HDF5.
     """
+    mark = {"id": path.stem, "format": "memory"}
+    if origin is not None:
+        mark = origin.meta.get("converted_from") or {"id": origin.id, "format": origin.format}
     columns = {
         "observations": table.obs,
         "actions": table.action,
@@ -80,11 +89,11 @@ def write_flat(table: Table, path: Path) -> Path:
     try:
         if path.suffix == ".npz":
             with temp.open("wb") as f:
-                np.savez(f, **columns)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+                named = columns | {MARK: np.array(json.dumps(mark))}
+                np.savez(f, **named)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
         else:
-            import h5py
-
-            with h5py.File(temp, "w") as file:
+            with import_h5py("writing").File(temp, "w") as file:
+                file.attrs[MARK] = json.dumps(mark)
                 for name, x in columns.items():
                     file.create_dataset(name, data=x, compression="gzip", compression_opts=4)
         _sync_and_rename(temp, path)

@@ -136,9 +136,13 @@ class Dataset:
             self.requests[later] = request._replace(names=later)
         return self
 
+    def labels(self) -> dict[str, Any]:
+        """What every row about this data carries: id, version, benchmark (see `dataset_labels`)."""
+        return dataset_labels(self.id, self.origin.format, self.origin.meta.get("converted_from"))
+
     def record(self) -> dict[str, Any]:
         """What a run writes down about its data: id, version, benchmark, format, view, size, fingerprint."""
-        return dataset_labels(self.id, self.origin.format) | {
+        return self.labels() | {
             "format": self.origin.format,
             "view": self.view,
             "transitions": len(self),

@@ -7,6 +7,7 @@ metadata of other lengths included, is ignored.
 from __future__ import annotations
 
 import difflib
+import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from rlctl.data import arrays
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View, allocate, check_finite, complain
 
 HDF5 = (".hdf5", ".h5")
+MARK = "rlctl_origin"
+"""Attribute of an HDF5 file, array of an .npz: JSON with `id` and `format` of the dataset it was converted from. A file
+that has it is no benchmark's by its name."""
 SUFFIXES = (*HDF5, ".npz")
 NAMES = {
     "observations": ("observations", "observation", "obs"),
@@ -31,6 +35,10 @@ NAMES = {
 }
 """Our name for an array (D4RL's), and the names it is looked for under. The last two may be missing."""
 OPTIONAL = ("next_observations", "timeouts")
+PASS_EPISODE_LEN = (
+    "pass episode_len, the step limit of the task (rlctl train: --set data_options.episode_len=1000; "
+    "rlctl data: --episode-len 1000)"
+)
 MEBI = 1 << 20
 
 
@@ -66,7 +74,9 @@ def read_flat(
 
     An episode ends at a terminal, at a timeout and at the last row. In a file without `timeouts` it also ends where
     `next_observations[i]` differs from `observations[i + 1]` by more than 1e-6, or, in a file without either,
-    `episode_len` steps after it began (DatasetError when that is not given). What is kept: `arrays.exact`.
+    `episode_len` steps after it began (DatasetError when that is not given). Where they differ in more than half of the
+    rows that do not terminate, `next_observations` tell no episodes (a copy of `observations`, garbage, rows in no
+    order) and `episode_len` is asked for as well. What is kept: `arrays.exact`.
 
     `view="d4rl_compat"` gives D4RL's pairs instead (`arrays.d4rl_compat`); `next_observations` is ignored, and without
     `timeouts` D4RL's own count of `episode_len` steps stands in for them.
@@ -88,11 +98,22 @@ def read_flat(
         timeout = np.zeros(n, bool)
         if successors:
             unflagged = arrays.jumps(table.obs, table.next_obs) & ~terminal
+            inner = n - 1 - int(terminal[:-1].sum())
+            if int(unflagged.sum()) > 0.5 * inner:
+                if episode_len is None:
+                    follow = 1 - int(unflagged.sum()) / inner
+                    complain(
+                        found,
+                        f"{where} has no timeouts, and its next_observations are the observation of the row that "
+                        f"follows in only {follow:.0%} of the rows, so episodes cannot be told: add timeouts, or "
+                        f"{PASS_EPISODE_LEN}; 1 if its rows are in no order",
+                    )
+                else:
+                    unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
         elif episode_len is None:
             raise DatasetError(
                 f"{where} has {'no timeouts' if view != 'exact' else 'neither timeouts nor next_observations'}, so "
-                "where an episode was cut cannot be told: pass episode_len, the step limit of the task "
-                "(--set data_options.episode_len=1000)"
+                f"where an episode was cut cannot be told: {PASS_EPISODE_LEN}"
             )
         elif view == "exact":
             unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
@@ -106,7 +127,27 @@ def read_flat(
     except DatasetError as e:
         raise DatasetError(f"{where}: {e}") from None
     check_finite(table, where, found)
-    return table, Origin(path.stem, "npz" if path.suffix == ".npz" else "d4rl-hdf5", episode_len=episode_len)
+    mark = _mark(path)
+    meta = {} if mark is None else {"converted_from": mark}
+    kind = "npz" if path.suffix == ".npz" else "d4rl-hdf5"
+    return table, Origin(path.stem, kind, episode_len=episode_len, meta=meta)
+
+
+def _mark(path: Path) -> dict[str, str] | None:
+    """What a file says it was converted from; None for one that `convert` has not written."""
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            text = str(archive[MARK]) if MARK in archive else None
+    else:
+        with open_hdf5(path) as file:
+            text = file.attrs.get(MARK)
+    if text is None:
+        return None
+    try:
+        mark = json.loads(text)
+        return {"id": str(mark["id"]), "format": str(mark["format"])}
+    except (ValueError, TypeError, KeyError):
+        raise DatasetError(f"{path}: its {MARK} is not what rlctl data convert writes: convert it again") from None
 
 
 def check_lengths(shapes: Mapping[str, tuple[int, ...]], want: int, where: str, found: Findings | None = None) -> None:
@@ -168,13 +209,19 @@ def _columns(path: Path) -> Iterator[dict[str, Column]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- HDF5
-@contextmanager
-def open_hdf5(path: Path) -> Iterator[Any]:
-    """An HDF5 file to read from; what goes wrong while it is open becomes a DatasetError of one line."""
+def import_h5py(why: str) -> Any:
+    """The module h5py, which is optional; `why` ("reading", "writing") for the DatasetError where it is missing."""
     try:
         import h5py
     except ImportError:
-        raise DatasetError("reading a dataset needs the package h5py: pip install 'minari[hdf5]'") from None
+        raise DatasetError(f"{why} a dataset needs the package h5py: pip install 'minari[hdf5]'") from None
+    return h5py
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
+    """An HDF5 file to read from; what goes wrong while it is open becomes a DatasetError of one line."""
+    h5py = import_h5py("reading")
     if not path.is_file():
         raise DatasetError(f"no file {path}: the dataset is incomplete, fetch it again")
     try:

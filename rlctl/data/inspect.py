@@ -29,7 +29,7 @@ def summarize(table: Table, origin: Origin, bins: int = 20) -> dict[str, Any]:
     mean = float(table.returns.mean())
     box = origin.action_box
     ref: dict[str, Any] = {k: origin.meta[k] for k in ("ref_min_score", "ref_max_score") if k in origin.meta}
-    labels: dict[str, Any] = dataset_labels(origin.id, origin.format)
+    labels: dict[str, Any] = dataset_labels(origin.id, origin.format, origin.meta.get("converted_from"))
     return labels | {
         "format": origin.format,
         "env": origin.env_id,
@@ -126,13 +126,14 @@ def _inner(table: Table) -> Array:
 
 def _successors(table: Table) -> Iterator[Finding]:
     inner = _inner(table)
+    goes_on = ~table.terminated  # a terminal row without a stored successor holds its own observation by construction
     n = int(inner.sum())
-    same = (table.next_obs == table.obs).all(1) & inner
+    same = (table.next_obs == table.obs).all(1) & goes_on
     moved = np.zeros_like(inner)
     gap = np.abs(table.next_obs[:-1] - table.obs[1:]) > 1e-5 * (1 + np.abs(table.obs[1:]))
     moved[:-1] = gap.any(1) & inner[:-1]
-    if same.sum() > 0.5 * n:
-        share = same.sum() / n
+    if same.sum() > 0.5 * goes_on.sum():
+        share = same.sum() / goes_on.sum()
         yield _error("next_obs", f"is a copy of obs in {share:.0%} of the rows: nothing can be learnt from such pairs")
     elif moved.any():
         where = f"in {int(moved.sum()):,} of {n:,} rows within episodes, first in row {int(moved.argmax())}"

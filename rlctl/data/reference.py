@@ -95,11 +95,18 @@ Benchmark = Literal["D4RL", "Minari", "own"]
 D4RL's names included; anything else."""
 
 
-def dataset_labels(id: str, format: str) -> dict[str, Any]:
+def dataset_labels(id: str, format: str, converted_from: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What every row about a dataset carries: its id, its version (None: the id has none) and its benchmark.
 
-    `format` as in `rlctl.data.arrays.Origin`. A D4RL file is known by its name; under Minari's format it is Minari's.
+    `format` as in `rlctl.data.arrays.Origin`, `converted_from` as in its `meta`. A D4RL file is known by its name;
+    under Minari's format it is Minari's. A converted file is what its source was, whatever it is called: its name makes
+    it nobody's benchmark.
     """
+    if converted_from is not None:
+        source = dataset_labels(converted_from["id"], converted_from["format"])
+        if source["benchmark"] != "own":
+            return source
+        format = "converted"
     benchmark: Benchmark = "own"
     if format.startswith("minari"):
         benchmark = "Minari"

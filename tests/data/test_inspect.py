@@ -49,6 +49,45 @@ def test_next_obs_that_does_not_follow(write_d4rl: Write) -> None:
     one(path, "next_obs: is not the observation of the row that follows", "in 14 of 14 rows", "first in row 0")
 
 
+def test_next_obs_of_a_file_that_does_not_tell_its_episodes(write_d4rl: Write) -> None:
+    """Without timeouts every row that does not go on is an end: successors that never do would hide behind that."""
+    obs = np.concatenate([e["observations"][:-1] for e in EPISODES])
+    garbage = np.random.default_rng(0).normal(size=obs.shape).astype(np.float32)
+    for name, bad in (("copy.hdf5", obs), ("garbage.hdf5", garbage)):
+        path = write_d4rl(name, EPISODES, drop=("timeouts",), next_observations=bad)
+        found = errors(path)
+        assert "in only 0% of the rows, so episodes cannot be told" in found[0]
+        assert "--episode-len 1000" in found[0]
+        assert "data_options.episode_len=1000" in found[0]
+        assert len(found) == (2 if bad is obs else 1)
+        with pytest.raises(DatasetError, match="episodes cannot be told"):
+            read(str(path))
+    one(path, "next_obs: is not the observation of the row that follows", episode_len=6)
+    one(write_d4rl("x.hdf5", EPISODES, drop=("timeouts",), next_observations=obs), "is a copy of obs", episode_len=6)
+    # a copy in rows that were cut is one too, whatever the flags
+    short = [episode(k, 1) for k in range(3)]
+    where = np.concatenate([e["observations"][:-1] for e in short])
+    one(write_d4rl("y.hdf5", short, next_observations=where), "is a copy of obs in 100%")
+
+
+def test_files_without_timeouts_that_do_tell(write_d4rl: Write) -> None:
+    drop = ("timeouts",)
+    assert inspect.verify(str(write_d4rl("x.hdf5", EPISODES, actions=ACTIONS, drop=drop))) == []
+    bandit = [episode(k, 1, "terminated") for k in range(18)]
+    assert inspect.verify(str(write_d4rl("bandit.hdf5", bandit, actions=ACTIONS, drop=drop))) == []
+    # rows in no order: each is an episode of its own if the user says so
+    order = np.random.default_rng(0).permutation(N)
+    rows = {
+        "observations": np.concatenate([e["observations"][:-1] for e in EPISODES])[order],
+        "next_observations": np.concatenate([e["observations"][1:] for e in EPISODES])[order],
+        "terminals": np.zeros(N, bool),
+    }
+    path = write_d4rl("shuffled.hdf5", EPISODES, actions=ACTIONS, drop=drop, **rows)
+    assert [f.about for f in inspect.verify(str(path))] == ["data"]
+    assert inspect.verify(str(path), episode_len=1) == []
+    assert len(read(str(path), episode_len=1)[0].ends) == N
+
+
 def test_terminals_at_the_time_limit(write_d4rl: Write, write_minari: Write) -> None:
     cut = [episode(k, 6, "terminated") for k in range(3)] + [episode(3, 2, "terminated")]
     path = write_d4rl("x.hdf5", cut)
