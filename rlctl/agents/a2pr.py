@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.agents.td3 import TD3Settings
 from rlctl.nets import DeterministicPolicy, QEnsemble, ValueNet
 from rlctl.nets.vae import ActionVAE, prior_kl
@@ -88,9 +88,11 @@ class A2PR(OfflineLearner):
         action = smoothed(self.pi_lagged(b.next_obs), noise, c.policy_noise, c.noise_clip, self.rng["sample"])
         return action, clipped_double_backup(b.reward, b.terminated, self.q_lagged(b.next_obs, action), c.gamma)
 
-    def critic_loss(self, b: Batch, backup: Tensor) -> Tensor:
+    def critic_loss(self, b: Batch, backup: Tensor, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2]."""
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     def value_loss(self, b: Batch, next_action: Tensor, backup: Tensor) -> tuple[Tensor, Tensor]:
         """E[(V(s) - t)^2],  t = min(r + gamma (1 - terminated) min_j Q_j(s', a~), y); and V(s) [B], detached."""
@@ -119,7 +121,7 @@ class A2PR(OfflineLearner):
             on = (adv >= self.cfg.threshold) | (adv_data > self.cfg.threshold)
         return torch.where((adv >= adv_data).unsqueeze(-1), suggestion, b.action), on
 
-    def actor_loss(self, b: Batch, value: Tensor, noise: Tensor | None = None) -> Tensor:
+    def actor_loss(self, b: Batch, value: Tensor, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """-lambda E[Q_1(s, pi(s))] + mask E_{b,dim}[on (pi(s) - target)^2],  lambda = alpha / E|Q_1(s, pi(s))|.
 
         The suggestion is the VAE's sampled (`noise` [B, Z]) reconstruction of pi(s) itself.
@@ -128,21 +130,27 @@ class A2PR(OfflineLearner):
         suggestion, _ = self.vae(b.obs, action, noise, self.rng["sample"])
         target, on = self.target(b, suggestion.detach() if self.cfg.detach_target else suggestion, value)
         regulariser = (on.unsqueeze(-1) * (action - target).square()).mean()
-        return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + self.cfg.mask * regulariser
+        q = self.q(b.obs, action)[0]
+        note(log, "value/q_pi", q)
+        note(log, "losses/regulariser", regulariser)
+        note(log, "value/cloned_share", on)
+        return scaled_value_loss(q, self.cfg.alpha) + self.cfg.mask * regulariser
 
     def update(self, b: Batch) -> Metrics:
         """Critics, state value, VAE; every `policy_every`-th time the actor and then the lagged networks."""
         self.counters["updates"] += 1
         b = self.seen(b)
         next_action, backup = self.backup(b)
-        metrics = {"losses/critic": minimize(self.critic_loss(b, backup), self.opt_q)}
+        metrics: Metrics = {}
+        metrics["losses/critic"] = minimize(self.critic_loss(b, backup, metrics), self.opt_q)
         value_loss, value = self.value_loss(b, next_action, backup)
+        note(metrics, "value/v", value)
         metrics["losses/value"] = minimize(value_loss, self.opt_v)
         if self.cfg.fresh_value:
             value = self.v_data(b.obs).detach()
         metrics["losses/vae"] = minimize(self.vae_loss(b, value), self.opt_vae)
         if self.counters["updates"] % self.cfg.policy_every == 0:
-            metrics["losses/actor"] = minimize(self.actor_loss(b, value), self.opt_pi)
+            metrics["losses/actor"] = minimize(self.actor_loss(b, value, log=metrics), self.opt_pi)
             polyak(self.q, self.q_lagged, self.cfg.tau)
             polyak(self.pi, self.pi_lagged, self.cfg.tau)
         return metrics

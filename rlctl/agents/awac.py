@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.nets import GaussianPolicy, QEnsemble
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.offline import awr_weight
+from rlctl.ops.offline import MAX_WEIGHT, awr_weight
 from rlctl.train import OfflineRLConfig
 from rlctl.types import Batch, Fraction, Metrics, Positive, Spec, Widths
 
@@ -71,28 +71,35 @@ class AWAC(OfflineLearner):
         """An action of the policy, clipped to the action range, [B, A]; `noise` [B, A] standard normal."""
         return self.pi(obs).sample(noise, self.rng["sample"]).clamp(-1, 1)
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a'), a' ~ pi(s')."""
         with torch.no_grad():
             q_next = self.q_lagged(b.next_obs, self.sampled_action(b.next_obs, noise)).amin(0)
             backup = b.reward + self.cfg.gamma * q_next * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     @torch.no_grad()
-    def adv(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def adv(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """A = min_j Q_j(s, a) - min_j Q_j(s, a_pi), a_pi ~ pi(s), [B]."""
-        return self.q(b.obs, b.action).amin(0) - self.q(b.obs, self.sampled_action(b.obs, noise)).amin(0)
+        q = self.q(b.obs, b.action).amin(0)
+        v = self.q(b.obs, self.sampled_action(b.obs, noise)).amin(0)
+        note(log, "value/q_pi", v)
+        return q - v
 
-    def actor_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def actor_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """-E[min(exp(A / lam), 100) log pi(a|s)], the weight without gradient."""
-        weight = awr_weight(self.adv(b, noise), 1 / self.cfg.lam)
+        weight = awr_weight(self.adv(b, noise, log), 1 / self.cfg.lam)
+        note(log, "value/capped_share", weight >= MAX_WEIGHT)
         return -(weight * self.pi(b.obs).log_prob(b.action)).mean()
 
     def update(self, b: Batch) -> Metrics:
         """Critics, actor, lagged critics."""
         b = self.seen(b)
         self.counters["updates"] += 1
-        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
-        metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)
+        metrics: Metrics = {}
+        metrics["losses/critic"] = minimize(self.critic_loss(b, log=metrics), self.opt_q)
+        metrics["losses/actor"] = minimize(self.actor_loss(b, log=metrics), self.opt_pi)
         polyak(self.q, self.q_lagged, self.cfg.tau)
         return metrics | self.pi.summary()

@@ -1,8 +1,9 @@
 """Conservative Q-learning: soft actor-critic whose critics are pushed down on every action but the data's.
 
 Source: Kumar et al. 2020, arXiv:2006.04779, eq. 4 and appendix F; official code github.com/aviralkumar2907/CQL.
-Differs: nothing known from the official code with the defaults. `lagrange_form=scaled`, `simultaneous`, `gap_floor` and
-`backup=min-max` are those of the re-implementations JaxCQL and CORL.
+Differs: the official code clones for the first 40,000 updates, however long the run is; ours for the share of it that
+these are of its 3,000,000 (`bc_share`). `lagrange_form=scaled`, `simultaneous`, `gap_floor` and `backup=min-max` are
+those of the re-implementations JaxCQL and CORL, which start the multiplier at e; it starts at 1 here, as officially.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.agents.sac import SACSettings
 from rlctl.nets import QEnsemble, TanhGaussianPolicy, TanhNormal
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, minimize, polyak
@@ -180,9 +181,11 @@ class CQL(OfflineLearner):
         """Minus the mean over critics of their conservative losses: the multiplier rises while they are positive."""
         return -self.conservative_loss(gap.detach()) / len(gap)
 
-    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor) -> Tensor:
+    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor, log: Metrics | None = None) -> Tensor:
         """E[alpha log pi(a|s) - min_j Q_j(s, a)] at a reparameterised draw `action` [B, A] with `logp` [B]."""
-        return (self.log_alpha.detach().exp() * logp - self.q(b.obs, action).amin(0)).mean()
+        q = self.q(b.obs, action).amin(0)
+        note(log, "value/q_pi", q)
+        return (self.log_alpha.detach().exp() * logp - q).mean()
 
     def cloning_loss(self, b: Batch, logp: Tensor) -> Tensor:
         """E[alpha log pi(a|s) - log pi(a_data|s)], data actions clipped to +-(1 - 1e-5): the policy's warm start."""
@@ -193,7 +196,10 @@ class CQL(OfflineLearner):
         return -(self.log_alpha * (logp.detach() + self.target_entropy)).mean()
 
     def update(self, b: Batch) -> Metrics:
-        """Temperature, multiplier, critics, actor, lagged critics; the actor's gradient is that at the old critics."""
+        """Temperature, multiplier, critics, actor, lagged critics.
+
+        The critics' loss takes the multiplier as it was before its step, the actor's the critics before theirs.
+        """
         c, b = self.cfg, self.seen(b)
         self.counters["updates"] += 1
         later: list[tuple[torch.optim.Optimizer, Sequence[Tensor | None]]] = []
@@ -208,16 +214,19 @@ class CQL(OfflineLearner):
         if c.learn_alpha:
             step(self.alpha_loss(logp), self.opt_alpha)
         clone = self.counters["updates"] <= round(c.bc_share * c.updates_on_data)
-        actor_loss = self.cloning_loss(b, logp) if clone else self.actor_loss(b, action, logp)
+        metrics: Metrics = {}
+        actor_loss = self.cloning_loss(b, logp) if clone else self.actor_loss(b, action, logp, metrics)
         later.append((self.opt_pi, gradients(actor_loss, self.opt_pi)))
         q = self.q(b.obs, b.action)
         critic_loss = self.critic_loss(b, q)
-        metrics = {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach()}
+        metrics |= {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach()}
+        note(metrics, "value/q", q)
         if c.cql_weight > 0:
             gap = self.gap(b, q)
+            critic_loss = critic_loss + self.conservative_loss(gap)  # by the multiplier of before its step
             if c.lagrange_gap is not None:
+                metrics["value/multiplier"] = self.log_multiplier.detach().exp().clamp(max=1e6)
                 step(self.multiplier_loss(gap), self.opt_multiplier)
-            critic_loss = critic_loss + self.conservative_loss(gap)
             metrics["losses/conservative_gap"] = gap.detach().mean()
         step(critic_loss, self.opt_q)
         for opt, grads in later:

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, Policy, QEnsemble, require
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule
@@ -105,7 +105,7 @@ class DiffusionQL(OfflineLearner):
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a').
 
         a' is one draw of the slow policy, or with `max_q_backup` the best of several for each critic. `noise` is that
@@ -117,13 +117,17 @@ class DiffusionQL(OfflineLearner):
             q_next = self.q_lagged(b.next_obs, next_action)
             v_next = sampled_backup(q_next, "max-min") if c.max_q_backup else q_next.amin(0)
             backup = b.reward + c.gamma * v_next * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     def bc_loss(self, b: Batch, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """E_{b,dim}[(eps(s, a_i, i) - eps)^2] of the data's actions."""
         return self.slow.matching_loss(b.obs, b.action, noise, time, self.rng["sample"]).mean()
 
-    def q_loss(self, b: Batch, noise: Tensor | None = None, coin: Tensor | None = None) -> Tensor:
+    def q_loss(
+        self, b: Batch, noise: Tensor | None = None, coin: Tensor | None = None, log: Metrics | None = None
+    ) -> Tensor:
         """-E[Q_1(s, a)] / E|Q_2(s, a)| (no gradient in the divisor), or with 1 and 2 swapped, as `coin` [] falls.
 
         a is a draw of the policy, differentiated through all its steps; the divisor makes eta independent of the scale
@@ -131,6 +135,7 @@ class DiffusionQL(OfflineLearner):
         """
         rng = self.rng["sample"]
         q = self.q(b.obs, self.slow.policy.sample(b.obs, noise=noise, generator=rng))
+        note(log, "value/q_pi", q)
         coin = torch.rand((), generator=rng, device=q.device) < 0.5 if coin is None else coin
         scaled = -q.mean(-1) / q.detach().abs().mean(-1).clamp(min=1e-8).flip(0)
         return torch.where(coin, scaled[0], scaled[1])
@@ -139,10 +144,11 @@ class DiffusionQL(OfflineLearner):
         """Critics, policy by the new critics, slow policy, lagged critics."""
         c, b = self.cfg, self.seen(b)
         self.counters["updates"] += 1
-        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q, c.max_grad_norm)}
+        metrics: Metrics = {}
+        metrics["losses/critic"] = minimize(self.critic_loss(b, log=metrics), self.opt_q, c.max_grad_norm)
         actor_loss = bc_loss = self.bc_loss(b)
         if c.eta:
-            actor_loss = bc_loss + c.eta * self.q_loss(b)
+            actor_loss = bc_loss + c.eta * self.q_loss(b, log=metrics)
         metrics["losses/actor"] = minimize(actor_loss, self.opt_pi, c.max_grad_norm)
         self.slow.update(self.counters["updates"])
         polyak(self.q, self.q_lagged, c.tau)

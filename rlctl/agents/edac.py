@@ -1,8 +1,9 @@
 """Ensemble-diversified actor-critic: soft actor-critic on the smallest of many critics, kept different. eta = 0: SAC-N.
 
 Source: An et al. 2021, arXiv:2110.01548, section 4 and algorithm 1; official code github.com/snu-mllab/EDAC.
-Differs: the temperature descends -log(alpha) (log pi + target), as in our SAC. The official code leaves it at its
-initial value where the backup has no entropy term: `entropy_backup=false learn_alpha=false` is that.
+Differs: the temperature descends -log(alpha) (log pi + target), as in our SAC. The last layers start within +-1e-3
+(actor) and +-3e-3 (critics), as in the official code. That leaves the temperature at its initial value where the backup
+has no entropy term: `entropy_backup=false learn_alpha=false` does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.agents.sac import SACSettings
 from rlctl.nets import QEnsemble, TanhGaussianPolicy
 from rlctl.ops import adam, frozen_copy, minimize, polyak
@@ -87,17 +88,22 @@ class EDAC(OfflineLearner):
             v = sampled_backup(self.q_lagged(b.next_obs, action), c.backup)
         return b.reward + c.gamma * v * ~b.terminated
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2] + eta / (N - 1) E[sum_{i != j} <u_i, u_j>],  u_i = dQ_i/da / |dQ_i/da|."""
         backup = self.backup_of(b, noise)
         if self.cfg.eta == 0:
-            return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+            q = self.q(b.obs, b.action)
+            note(log, "value/q", q)
+            return (q - backup).square().mean(-1).sum()
         q, slopes = self.q.with_action_gradient(b.obs, b.action)
+        note(log, "value/q", q)
         return (q - backup).square().mean(-1).sum() + self.cfg.eta * ensemble_diversity(slopes)
 
-    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor) -> Tensor:
+    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor, log: Metrics | None = None) -> Tensor:
         """E[alpha log pi(a|s) - min_j Q_j(s, a)] at a reparameterised draw `action` [B, A] with `logp` [B]."""
-        return (self.log_alpha.detach().exp() * logp - self.q(b.obs, action).amin(0)).mean()
+        q = self.q(b.obs, action).amin(0)
+        note(log, "value/q_pi", q)
+        return (self.log_alpha.detach().exp() * logp - q).mean()
 
     def alpha_loss(self, logp: Tensor) -> Tensor:
         """-E[log alpha (log pi + target entropy)]: alpha rises while the entropy is below its target."""
@@ -110,10 +116,11 @@ class EDAC(OfflineLearner):
         action, logp = self.pi(b.obs).sample_log_prob(generator=self.rng["sample"])
         if self.cfg.learn_alpha:
             minimize(self.alpha_loss(logp), self.opt_alpha)
-        actor_loss = minimize(self.actor_loss(b, action, logp), self.opt_pi)
-        critic_loss = minimize(self.critic_loss(b), self.opt_q)
+        log: Metrics = {}
+        actor_loss = minimize(self.actor_loss(b, action, logp, log), self.opt_pi)
+        critic_loss = minimize(self.critic_loss(b, log=log), self.opt_q)
         polyak(self.q, self.q_lagged, self.cfg.tau)
-        return {
+        return log | {
             "losses/critic": critic_loss,
             "losses/actor": actor_loss,
             "policy/entropy": -logp.detach().mean(),

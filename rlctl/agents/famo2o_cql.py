@@ -4,7 +4,8 @@ Source: Wang et al. 2023, arXiv:2310.17966; official code github.com/LeapLabTHU/
 stands on JaxCQL).
 Differs: the official code maps the balance policy's draw x in (-1, 1) by x (max - min) + min, beyond the range it
 states (-0.5 to 1.5 instead of 0.5 to 1.5); here it is spread over the range itself, `official_range` gives theirs. Data
-actions are not clipped to +-0.999. Hidden layers start as torch's, not as Flax's.
+actions are not clipped to +-0.999. Hidden layers start as torch's, not as Flax's. A Lagrange multiplier, which the
+official runs do not have, starts at 1, not at JaxCQL's e.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.agents.cql import CQL, CQLConfig
+from rlctl.agents.offline_learner import note
 from rlctl.nets import QEnsemble, TanhGaussianPolicy, TanhNormal
 from rlctl.ops import adam, apply_gradients, gradients
 from rlctl.ops.balance import ENCODING_DIM, conditioned, spanned, uniform
@@ -100,9 +102,10 @@ class FamO2OCQL(CQL):
         """The universal policy at s', under what the balance policy picks in s (not in s'): column `balance`."""
         return self.pi(conditioned(b.next_obs, b.extra["balance"]))
 
-    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor) -> Tensor:
+    def actor_loss(self, b: Batch, action: Tensor, logp: Tensor, log: Metrics | None = None) -> Tensor:
         """E[alpha log pi(a | s, beta) - beta min_j Q_j(s, a)] at a reparameterised draw `action` [B, A]."""
         q = self.q(b.obs, action).amin(0)
+        note(log, "value/q_pi", q)
         return (self.log_alpha.detach().exp() * logp - b.extra["beta"] * q).mean()
 
     def balance_loss(self, b: Batch, beta: Tensor, noise: Tensor | None = None) -> Tensor:

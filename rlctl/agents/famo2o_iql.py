@@ -16,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.data.reward import RewardName
 from rlctl.nets import GaussianPolicy, Normal, QEnsemble, TanhNormal, ValueNet
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.balance import ENCODING_DIM, conditioned, spanned, uniform
-from rlctl.ops.offline import awr_weight, expectile_loss
+from rlctl.ops.offline import MAX_WEIGHT, awr_weight, expectile_loss
 from rlctl.train import OfflineRLConfig
 from rlctl.types import Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
@@ -115,33 +115,42 @@ class FamO2OIQL(OfflineLearner):
         """min_j Q_lagged_j(s, a) of the data's actions, [B]: what V regresses to and the policy is weighted by."""
         return self.q_lagged(b.obs, b.action).amin(0)
 
-    def value_loss(self, b: Batch, q: Tensor) -> Tensor:
+    def value_loss(self, b: Batch, q: Tensor, log: Metrics | None = None) -> Tensor:
         """E[|expectile - 1[u < 0]| u^2],  u = q - V(s), with `q` [B] from `q_data`."""
-        return expectile_loss(q - self.v(b.obs), self.cfg.expectile)
+        v = self.v(b.obs)
+        note(log, "value/v", v)
+        return expectile_loss(q - v, self.cfg.expectile)
 
-    def balance_loss(self, b: Batch, x: Tensor, logp: Tensor, noise: Tensor | None = None) -> Tensor:
+    def balance_loss(
+        self, b: Batch, x: Tensor, logp: Tensor, noise: Tensor | None = None, log: Metrics | None = None
+    ) -> Tensor:
         """E[temperature log pi_b(x|s) - min_j Q_lagged_j(s, a)],  a ~ pi(. | s, beta(x)) with a pathwise gradient.
 
         `x` [B, 1] with `logp` [B] is a reparameterised draw of the balance policy; its parameters alone are to move.
         """
         action = self.universal(b.obs, self.span(x)).sample(noise, self.rng["sample"])
-        return (self.log_temperature.detach().exp() * logp - self.q_lagged(b.obs, action).amin(0)).mean()
+        q = self.q_lagged(b.obs, action).amin(0)
+        note(log, "value/q_pi", q)
+        return (self.log_temperature.detach().exp() * logp - q).mean()
 
     def temperature_loss(self, logp: Tensor) -> Tensor:
         """temperature E[-log pi_b - target entropy]: it rises while the entropy is below its target."""
         return self.log_temperature.exp() * (-logp.detach() - self.cfg.target_entropy).mean()
 
-    def actor_loss(self, b: Batch, q: Tensor, beta: Tensor) -> Tensor:
+    def actor_loss(self, b: Batch, q: Tensor, beta: Tensor, log: Metrics | None = None) -> Tensor:
         """-E[min(exp(beta (q - V(s))), 100) log pi(a | s, beta)]: one `beta` [B] in the weight and in the policy."""
         with torch.no_grad():
             weight = awr_weight(q - self.v(b.obs), beta)
+        note(log, "value/capped_share", weight >= MAX_WEIGHT)
         return -(weight * self.universal(b.obs, beta.detach()).log_prob(b.action)).mean()
 
-    def critic_loss(self, b: Batch) -> Tensor:
+    def critic_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) V(s')."""
         with torch.no_grad():
             backup = b.reward + self.cfg.gamma * self.v(b.next_obs) * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     def update(self, b: Batch) -> Metrics:
         """V, balance policy, its temperature, universal policy, critics, lagged critics.
@@ -152,15 +161,16 @@ class FamO2OIQL(OfflineLearner):
         c, b, rng = self.cfg, self.seen(b), self.rng["sample"]
         self.counters["updates"] += 1
         q = self.q_data(b)
-        metrics = {"losses/value": minimize(self.value_loss(b, q), self.opt_v)}
+        metrics: Metrics = {}
+        metrics["losses/value"] = minimize(self.value_loss(b, q, metrics), self.opt_v)
         x, logp = self.balanced(b.obs).sample_log_prob(generator=rng)
         chosen = self.span(x.detach())
-        metrics["losses/balance"] = minimize(self.balance_loss(b, x, logp), self.opt_balance)
+        metrics["losses/balance"] = minimize(self.balance_loss(b, x, logp, log=metrics), self.opt_balance)
         minimize(self.temperature_loss(logp), self.opt_temperature)
         online = self.counters["env_steps"] > 0
         beta = chosen if online else uniform(b.reward, c.beta_min, c.beta_max, rng)
-        metrics["losses/actor"] = minimize(self.actor_loss(b, q, beta), self.opt_pi)
-        metrics["losses/critic"] = minimize(self.critic_loss(b), self.opt_q)
+        metrics["losses/actor"] = minimize(self.actor_loss(b, q, beta, metrics), self.opt_pi)
+        metrics["losses/critic"] = minimize(self.critic_loss(b, metrics), self.opt_q)
         polyak(self.q, self.q_lagged, c.tau)
         return metrics | {
             "policy/beta": chosen.mean(),

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.nets import FlowPolicy, OneStepPolicy, QEnsemble
 from rlctl.nets.field import xavier_
 from rlctl.ops import adam, apply_gradients, frozen_copy, gradients, polyak
@@ -69,19 +69,21 @@ class FQL(OfflineLearner):
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """E_{j,b}[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) agg_j Q_lagged_j(s', mu(s', z))."""
         with torch.no_grad():
             q_next = self.q_lagged(b.next_obs, self.pi.sample(b.next_obs, noise=noise, generator=self.rng["sample"]))
             v_next = q_next.mean(0) if self.cfg.q_agg == "mean" else q_next.amin(0)
             backup = b.reward + self.cfg.gamma * v_next * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean()
 
     def flow_loss(self, b: Batch, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """E_{b,dim}[(v(s, x_t, t) - (a - z))^2]."""
         return self.flow.matching_loss(b.obs, b.action, noise, time, self.rng["sample"]).mean()
 
-    def actor_loss(self, b: Batch, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def actor_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> tuple[Tensor, Tensor]:
         """alpha E_{b,dim}[(mu(s, z) - flow(s, z))^2] - E[mean_j Q_j(s, clip(mu))], and the distillation error alone.
 
         The distance is that of the unclipped mu; the flow's action has no gradient. With `normalize_q` the value is
@@ -94,6 +96,7 @@ class FQL(OfflineLearner):
         mu = self.pi.unclipped(b.obs, noise)
         distance = (mu - target).square().mean()
         q = self.q(b.obs, mu.clamp(-1, 1)).mean(0)
+        note(log, "value/q_pi", q)
         scale = q.detach().abs().mean().clamp(min=1e-8) if self.cfg.normalize_q else 1.0
         return self.cfg.alpha * distance - q.mean() / scale, distance.detach()
 
@@ -105,7 +108,9 @@ class FQL(OfflineLearner):
         """All three networks by losses at the parameters from before the update, then the lagged critics."""
         b = self.seen(b)
         self.counters["updates"] += 1
-        critic_loss, flow_loss, (actor_loss, distance) = self.critic_loss(b), self.flow_loss(b), self.actor_loss(b)
+        log: Metrics = {}
+        critic_loss, flow_loss = self.critic_loss(b, log=log), self.flow_loss(b)
+        actor_loss, distance = self.actor_loss(b, log=log)
         steps = [
             (opt, gradients(loss, opt))
             for loss, opt in ((critic_loss, self.opt_q), (flow_loss, self.opt_flow), (actor_loss, self.opt_pi))
@@ -113,7 +118,7 @@ class FQL(OfflineLearner):
         for opt, grads in steps:
             apply_gradients(opt, grads)
         polyak(self.q, self.q_lagged, self.cfg.tau)
-        return {
+        return log | {
             "losses/critic": critic_loss.detach(),
             "losses/flow": flow_loss.detach(),
             "losses/actor": actor_loss.detach(),

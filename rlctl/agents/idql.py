@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation, Norm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
@@ -131,17 +131,21 @@ class IDQL(OfflineLearner):
         seen = self.obs_norm(obs)
         return (self.pi.sample(seen, generator=self.rng["action"]) if explore else self.pi.mode(seen)), {}
 
-    def value_loss(self, b: Batch) -> Tensor:
+    def value_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """E[|expectile - 1[u < 0]| u^2],  u = min_j Q_lagged_j(s, a) - V(s), at the data's actions."""
         with torch.no_grad():
             q = self.q_lagged(b.obs, b.action).amin(0)
-        return expectile_loss(q - self.v(b.obs), self.cfg.expectile)
+        v = self.v(b.obs)
+        note(log, "value/v", v)
+        return expectile_loss(q - v, self.cfg.expectile)
 
-    def critic_loss(self, b: Batch) -> Tensor:
+    def critic_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) V(s')."""
         with torch.no_grad():
             backup = b.reward + self.cfg.gamma * self.v(b.next_obs) * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     def actor_loss(self, b: Batch, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """The matching loss of the data's actions: no value has a part in it."""
@@ -151,8 +155,9 @@ class IDQL(OfflineLearner):
         """V, critics by the new V, policy, slow policy, lagged critics."""
         b = self.seen(b)
         self.counters["updates"] += 1
-        metrics = {"losses/value": minimize(self.value_loss(b), self.opt_v)}
-        metrics["losses/critic"] = minimize(self.critic_loss(b), self.opt_q)
+        metrics: Metrics = {}
+        metrics["losses/value"] = minimize(self.value_loss(b, metrics), self.opt_v)
+        metrics["losses/critic"] = minimize(self.critic_loss(b, metrics), self.opt_q)
         metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)
         self.slow.update(self.counters["updates"])
         polyak(self.q, self.q_lagged, self.cfg.tau)

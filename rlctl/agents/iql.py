@@ -3,7 +3,9 @@
 Source: Kostrikov et al. 2022, arXiv:2110.06169, eqs. 5-7; official code github.com/ikostrikov/implicit_q_learning,
 whose order (V, policy, Q), orthogonal initialisation and tanh on the policy's mean are used.
 Differs: data actions are not clipped to +-(1 - 1e-5), as a plain Gaussian has a finite density everywhere; the actor's
-learning rate stops decaying once there are environment steps (the official fine-tuning runs have no decay at all).
+learning rate stops decaying once there are environment steps (the official fine-tuning runs have no decay at all). In
+the view `d4rl_compat` the return range is taken over windows of 1000 rows, as CORL and ODICE do; the official code of
+IQL splits where successors jump, and so has the episodes' own.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.data.reward import RewardName
 from rlctl.nets import DeterministicPolicy, GaussianPolicy, QEnsemble, ValueNet
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.offline import awr_weight, expectile_loss
+from rlctl.ops.offline import MAX_WEIGHT, awr_weight, expectile_loss
 from rlctl.train import OfflineRLConfig
 from rlctl.types import Batch, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
@@ -106,26 +108,31 @@ class IQL(OfflineLearner):
         """min_j Q_lagged_j(s, a) of the data's actions, [B]: what V regresses to and the policy is weighted by."""
         return self.q_lagged(b.obs, b.action).amin(0)
 
-    def value_loss(self, b: Batch, q: Tensor) -> Tensor:
+    def value_loss(self, b: Batch, q: Tensor, log: Metrics | None = None) -> Tensor:
         """E[|expectile - 1[u < 0]| u^2],  u = q - V(s), with `q` [B] from `q_data`."""
-        return expectile_loss(q - self.v(b.obs), self.cfg.expectile)
+        v = self.v(b.obs)
+        note(log, "value/v", v)
+        return expectile_loss(q - v, self.cfg.expectile)
 
-    def actor_loss(self, b: Batch, q: Tensor) -> Tensor:
+    def actor_loss(self, b: Batch, q: Tensor, log: Metrics | None = None) -> Tensor:
         """-E[min(exp(beta (q - V(s))), 100) log pi(a|s)], the weight without gradient.
 
         With the deterministic head the squared distance sum_d (pi(s) - a)_d^2 takes the place of -log pi.
         """
         with torch.no_grad():
             weight = awr_weight(q - self.v(b.obs), self.cfg.beta)
+        note(log, "value/capped_share", weight >= MAX_WEIGHT)
         pi = self.pi(b.obs, drop=self.rng["sample"])
         misfit = (pi - b.action).square().sum(-1) if isinstance(pi, Tensor) else -pi.log_prob(b.action)
         return (weight * misfit).mean()
 
-    def critic_loss(self, b: Batch) -> Tensor:
+    def critic_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) V(s')."""
         with torch.no_grad():
             backup = b.reward + self.cfg.gamma * self.v(b.next_obs) * ~b.terminated
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     def actor_lr(self) -> float:
         """actor_lr (1 + cos(pi t / T)) / 2 at update t of T from 0; with the decay off, or online, actor_lr itself."""
@@ -141,8 +148,9 @@ class IQL(OfflineLearner):
             group["lr"] = self.actor_lr()
         self.counters["updates"] += 1
         q = self.q_data(b)
-        metrics = {"losses/value": minimize(self.value_loss(b, q), self.opt_v)}
-        metrics["losses/actor"] = minimize(self.actor_loss(b, q), self.opt_pi)
-        metrics["losses/critic"] = minimize(self.critic_loss(b), self.opt_q)
+        metrics: Metrics = {}
+        metrics["losses/value"] = minimize(self.value_loss(b, q, metrics), self.opt_v)
+        metrics["losses/actor"] = minimize(self.actor_loss(b, q, metrics), self.opt_pi)
+        metrics["losses/critic"] = minimize(self.critic_loss(b, metrics), self.opt_q)
         polyak(self.q, self.q_lagged, self.cfg.tau)
         return metrics

@@ -75,6 +75,8 @@ class ValueLosses(NamedTuple):
     """(1 - lam) E[V(s)]."""
     residual: Tensor
     """y_f [E, B], detached."""
+    value: Tensor
+    """V(s) [E, B], detached."""
 
 
 class ODICE(OfflineLearner):
@@ -101,9 +103,10 @@ class ODICE(OfflineLearner):
         self.opt_v = adam(self.v.parameters(), c.v_lr)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """A draw of the Gaussian, or its mean; not clipped (the environment clips its own copy to [-1, 1])."""
+        """The Gaussian's mean, or a draw of it, clipped to the action range."""
         pi = self.pi(self.obs_norm(obs))
-        return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
+        action = pi.sample(generator=self.rng["action"]) if explore else pi.mode
+        return action.clamp(-1, 1), {}
 
     def value_losses(self, b: Batch) -> ValueLosses:
         """The terms of the dual, V- the smallest lagged value:
@@ -122,7 +125,7 @@ class ODICE(OfflineLearner):
         if c.gradient == "orthogonal":
             y_b = b.reward + go_on * self.v(b.next_obs) - low
             backward = c.lam * c.eta * conjugate(y_b, c.divergence).mean()
-        return ValueLosses(forward, backward, (1 - c.lam) * value.mean(), y_f.detach())
+        return ValueLosses(forward, backward, (1 - c.lam) * value.mean(), y_f.detach(), value.detach())
 
     def value_step(self, losses: ValueLosses) -> Tensor:
         """One step along (1 - c) g_f + g_b + g_plain. Returns c, 0-dim: 0 where no backward gradient plays a part."""
@@ -153,10 +156,13 @@ class ODICE(OfflineLearner):
         projection = self.value_step(losses)
         polyak(self.v, self.v_lagged, self.cfg.tau)
         policy_loss = minimize(self.policy_loss(b, losses.residual), self.opt_pi)
+        weight = self.weight(losses.residual)
         return {
             "losses/forward": losses.forward.detach(),
             "losses/value": losses.plain.detach(),
             "losses/policy": policy_loss,
             "value/projection": projection,
-            "value/cloned_share": (self.weight(losses.residual) > 0).float().mean(),
+            "value/v": losses.value.mean(),
+            "value/cloned_share": (weight > 0).float().mean(),
+            "value/capped_share": (weight >= self.cfg.max_weight).float().mean(),
         } | self.pi.summary()

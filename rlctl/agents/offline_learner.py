@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardTransform
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Agent, Batch, Regime, Spec
+from rlctl.types import Agent, Batch, Metrics, Regime, Spec
+
+
+def note(log: Metrics | None, name: str, x: Tensor) -> None:
+    """Leave the mean of `x` in `log`, if there is one: what a loss has computed anyway and a run should show.
+
+    `value/q` is the mean Q of the data's actions, `value/q_pi` that of the policy's as its loss sees it, `value/v` the
+    mean V of the data's states; `losses/regulariser` an actor's distance from the data, without its weight;
+    `value/capped_share` the share of cloning weights at their bound.
+    """
+    if log is not None:
+        log[name] = x.detach().float().mean()
 
 
 class OfflineLearner(Agent):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.agents.td3 import TD3Settings
 from rlctl.data.dataset import Dataset
 from rlctl.data.neighbours import Method, Neighbours, neighbours
@@ -91,13 +91,15 @@ class PRDC(OfflineLearner):
         action = perturbed(action, self.cfg.exploration_noise, self.rng["action"]) if explore else action
         return action, {"row": elsewhere}
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2],  y = r + gamma (1 - terminated) min_j Q_lagged_j(s', a~): TD3's."""
         c = self.cfg
         with torch.no_grad():
             action = smoothed(self.pi_lagged(b.next_obs), noise, c.policy_noise, c.noise_clip, self.rng["sample"])
             backup = clipped_double_backup(b.reward, b.terminated, self.q_lagged(b.next_obs, action), c.gamma)
-        return (self.q(b.obs, b.action) - backup).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - backup).square().mean(-1).sum()
 
     @torch.no_grad()
     def nearest_action(self, obs: Tensor, action: Tensor, row: Tensor | None = None) -> Tensor:
@@ -109,19 +111,23 @@ class PRDC(OfflineLearner):
             raise RuntimeError("PRDC has no data to look up neighbours in: call prepare(dataset) before update")
         return self.data_action.index_select(0, self.index.nearest(self.key(obs, action), self.cfg.k, row))
 
-    def actor_loss(self, b: Batch) -> Tensor:
+    def actor_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """-lambda E[Q_1(s, pi(s))] + E_{b,dim}[(pi(s) - a_nn)^2],  lambda = alpha / E|Q_1|; a_nn has no gradient."""
         action = self.pi(b.obs)
         regulariser = (action - self.nearest_action(b.obs, action, b.extra.get("row"))).square().mean()
-        return scaled_value_loss(self.q(b.obs, action)[0], self.cfg.alpha) + regulariser
+        q = self.q(b.obs, action)[0]
+        note(log, "value/q_pi", q)
+        note(log, "losses/regulariser", regulariser)
+        return scaled_value_loss(q, self.cfg.alpha) + regulariser
 
     def update(self, b: Batch) -> Metrics:
         """Critics; every `policy_every`-th time the actor and then all lagged networks."""
         self.counters["updates"] += 1
         b = self.seen(b)
-        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
+        metrics: Metrics = {}
+        metrics["losses/critic"] = minimize(self.critic_loss(b, log=metrics), self.opt_q)
         if self.counters["updates"] % self.cfg.policy_every == 0:
-            metrics["losses/actor"] = minimize(self.actor_loss(b), self.opt_pi)
+            metrics["losses/actor"] = minimize(self.actor_loss(b, log=metrics), self.opt_pi)
             polyak(self.q, self.q_lagged, self.cfg.tau)
             polyak(self.pi, self.pi_lagged, self.cfg.tau)
         return metrics

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlctl.agents.offline_learner import OfflineLearner
+from rlctl.agents.offline_learner import OfflineLearner, note
 from rlctl.agents.td3 import TD3Settings
 from rlctl.data.columns import column
 from rlctl.data.dataset import Dataset
@@ -91,23 +91,29 @@ class ReBRAC(OfflineLearner):
         value = self.q_lagged(b.next_obs, action).amin(0) - c.critic_bc * penalty
         return b.reward + c.gamma * value * ~b.terminated
 
-    def critic_loss(self, b: Batch, noise: Tensor | None = None) -> Tensor:
+    def critic_loss(self, b: Batch, noise: Tensor | None = None, log: Metrics | None = None) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2]."""
-        return (self.q(b.obs, b.action) - self.backup(b, noise)).square().mean(-1).sum()
+        q = self.q(b.obs, b.action)
+        note(log, "value/q", q)
+        return (q - self.backup(b, noise)).square().mean(-1).sum()
 
-    def actor_loss(self, b: Batch) -> Tensor:
+    def actor_loss(self, b: Batch, log: Metrics | None = None) -> Tensor:
         """E[beta_1 sum_d (pi(s) - a)_d^2] - lambda E[min_j Q_j(s, pi(s))],  lambda = 1 / E|min_j Q_j| (no gradient)."""
         action = self.pi(b.obs)
         distance = (action - b.action).square().sum(-1).mean()
-        return self.cfg.actor_bc * distance + scaled_value_loss(self.q(b.obs, action).amin(0), 1.0)
+        q = self.q(b.obs, action).amin(0)
+        note(log, "value/q_pi", q)
+        note(log, "losses/regulariser", distance)
+        return self.cfg.actor_bc * distance + scaled_value_loss(q, 1.0)
 
     def update(self, b: Batch) -> Metrics:
         """Critics; every `policy_every`-th time the lagged networks (by the old actor) and the actor."""
         self.counters["updates"] += 1
         b = self.seen(b)
-        metrics = {"losses/critic": minimize(self.critic_loss(b), self.opt_q)}
+        metrics: Metrics = {}
+        metrics["losses/critic"] = minimize(self.critic_loss(b, log=metrics), self.opt_q)
         if self.counters["updates"] % self.cfg.policy_every == 0:
-            actor_loss = self.actor_loss(b)
+            actor_loss = self.actor_loss(b, metrics)
             step = gradients(actor_loss, self.opt_pi)
             polyak(self.pi, self.pi_lagged, self.cfg.tau)
             polyak(self.q, self.q_lagged, self.cfg.tau)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 SampledBackup = Literal["max-min", "min-max"]
+MAX_WEIGHT = 100.0
+"""Bound of the weights of advantage-weighted cloning."""
 
 
 def expectile_loss(u: Tensor, tau: float) -> Tensor:
@@ -20,7 +22,7 @@ def expectile_loss(u: Tensor, tau: float) -> Tensor:
     return (torch.where(u < 0, 1 - tau, tau) * u.square()).mean()
 
 
-def awr_weight(adv: Tensor, beta: float | Tensor, bound: float = 100.0) -> Tensor:
+def awr_weight(adv: Tensor, beta: float | Tensor, bound: float = MAX_WEIGHT) -> Tensor:
     """min(exp(beta A), bound), of the shape of `adv`, without gradient: how much a transition counts in cloning.
 
     `beta`, one number or one per transition (no gradient reaches it), is an inverse temperature, 1 / lambda where a

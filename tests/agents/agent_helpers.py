@@ -7,6 +7,9 @@ A new algorithm is covered as soon as it is registered. If its tiny version need
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor, nn
 
 from rlctl.conformance.host_reads import NoHostReads, host_reads
@@ -39,6 +42,7 @@ __all__ = [
     "host_reads",
     "probe_dataset",
     "recorded_inputs",
+    "silence",
     "snapshot",
     "solve",
     "tiny",
@@ -66,6 +70,13 @@ class Table(nn.Module):
     def forward(self, *args: Tensor) -> Tensor:
         self.seen.append(args)
         return self.out
+
+
+def silence(agent: Any, losses: Iterable[str]) -> None:
+    """Multiply these losses of `agent` by 0: an update then computes them and takes no step along them."""
+    for name in losses:
+        inner = getattr(agent, name)
+        setattr(agent, name, lambda *args, inner=inner, **kw: 0 * inner(*args, **kw))
 
 
 def recorded_inputs(module: nn.Module) -> list[tuple[Tensor, ...]]:

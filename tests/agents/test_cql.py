@@ -167,9 +167,11 @@ def test_the_policy_starts_as_a_clone(double: None) -> None:
 
 @pytest.mark.parametrize("simultaneous", [False, True])
 def test_the_order_of_an_update(simultaneous: bool) -> None:
-    """Temperature, multiplier, critics, actor, each seeing the ones before; or all from the same old parameters.
+    """Temperature, multiplier, critics, actor, stepped in this order; or all at the end.
 
-    Either way the actor's gradient is that at the old critics, and the penalty's actions are the old policy's.
+    Either way the critics' loss is weighted by the multiplier of before its step (the official code takes the step
+    between computing that loss and going back through it), the actor's gradient is that at the old critics, and the
+    penalty's actions are the old policy's. What the order decides is which temperature the actor sees.
     """
     settings: dict[str, Any] = {"lagrange_gap": 1.0, "bc_share": 0.0, "simultaneous": simultaneous}
     agent, twin = cql(**settings), cql(**settings)
@@ -183,14 +185,11 @@ def test_the_order_of_an_update(simultaneous: bool) -> None:
         g_pi = gradients(twin.actor_loss(batch, action, logp), twin.opt_pi)
         q = twin.q(batch.obs, batch.action)
         td, gap = twin.critic_loss(batch, q), twin.gap(batch, q)
+        g_q = gradients(td + twin.conservative_loss(gap), twin.opt_q)
+        minimize(twin.multiplier_loss(gap), twin.opt_multiplier)
         if simultaneous:
-            g_q = gradients(td + twin.conservative_loss(gap), twin.opt_q)
-            minimize(twin.multiplier_loss(gap), twin.opt_multiplier)
             apply_gradients(twin.opt_alpha, g_alpha)
-            apply_gradients(twin.opt_q, g_q)
-        else:
-            minimize(twin.multiplier_loss(gap), twin.opt_multiplier)
-            minimize(td + twin.conservative_loss(gap), twin.opt_q)
+        apply_gradients(twin.opt_q, g_q)
         apply_gradients(twin.opt_pi, g_pi)
         polyak(twin.q, twin.q_lagged, twin.cfg.tau)
     assert differing(agent, snapshot(twin)) == []

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, recorded_inputs, snapshot, tiny
+from agent_helpers import ACT_DIM, OBS_DIM, Table, batch_for, differing, recorded_inputs, silence, snapshot, tiny
 from torch import nn
 
 from rlctl.agents.cql import CQL
 from rlctl.agents.famo2o_cql import FamO2OCQL
-from rlctl.ops import minimize
+from rlctl.nets import TanhGaussianPolicy
+from rlctl.ops import adam
 from rlctl.ops.balance import encoded
 from rlctl.types import Batch
 
@@ -53,20 +54,44 @@ def test_with_beta_one_the_policy_s_loss_is_cql_s(double: None) -> None:
     assert torch.equal(agent.actor_loss(batch, action, logp), CQL.actor_loss(agent, batch, action, logp))
 
 
-def test_a_single_beta_of_one_is_cql_on_wider_observations() -> None:
-    """One coefficient makes the encoding a constant: the policy's input is then that of CQL, padded."""
-    agent = famo2o(beta_min=1.0, beta_max=1.0, bc_share=0.0)
-    twin = famo2o(beta_min=1.0, beta_max=1.0, bc_share=0.0)
-    for seed in range(3):
-        batch = batch_for(agent, seed)
-        agent.update(batch)
-        # what the variant draws for its balance policy, then CQL's own update
-        twin.balance(batch.obs).sample(generator=twin.rng["sample"])
-        torch.rand(32, generator=twin.rng["sample"])
-        twin.balance_loss(batch, torch.ones(32))
-        CQL.update(twin, told(batch))
-    keys = [k for k in differing(agent, snapshot(twin)) if not k.startswith("balance.")]
-    assert keys == []
+@torch.no_grad()
+def as_cql(agent: FamO2OCQL) -> CQL:
+    """CQL with the same weights; the universal policy made blind to its coefficient."""
+    c = agent.cfg
+    shared = ("hidden", "layer_norm", "cql_weight", "simultaneous", "bc_share", "actor_lr", "critic_lr", "alpha_lr")
+    other = tiny("cql", **{k: getattr(c, k) for k in shared})
+    assert isinstance(other, CQL)
+    other.pi = TanhGaussianPolicy(OBS_DIM, ACT_DIM, c.hidden, log_std_offset=-1.0)
+    other.opt_pi = adam(other.pi.parameters(), c.actor_lr)
+    for name in ("q", "q_lagged"):
+        getattr(other, name).load_state_dict(getattr(agent, name).state_dict())
+    weights = agent.pi.state_dict()
+    first = next(k for k in weights if k.endswith("weight"))
+    weights[first][:, OBS_DIM:] = 0.0
+    other.pi.load_state_dict(weights | {first: weights[first][:, :OBS_DIM].clone()})
+    return other
+
+
+def test_a_single_beta_of_one_is_cql(double: None) -> None:
+    """A whole update, from the draws on that CQL makes too; the six extra inputs of the policy aside."""
+    agent = famo2o(beta_min=1.0, beta_max=1.0)
+    other, batch, start = as_cql(agent), batch_for(agent), snapshot(agent)
+    inner, rng = agent.balance_loss, agent.rng["sample"]
+
+    def last_draw_of_its_own(*args: Any) -> torch.Tensor:
+        loss = inner(*args)
+        other.rng["sample"].set_state(rng.get_state())
+        return loss
+
+    agent.balance_loss = last_draw_of_its_own  # type: ignore[method-assign]
+    agent.update(batch)
+    other.update(batch)
+    assert {"pi", "q", "log_alpha"} <= {k.split(".")[0] for k in differing(agent, start)}
+    ours, theirs = agent.state_dict(), other.state_dict()
+    assert {k.split(".")[0] for k in ours.keys() - theirs.keys()} == {"balance"}
+    for k, x in theirs.items():
+        mine = ours[k][:, :OBS_DIM] if ours[k].shape != x.shape else ours[k]
+        torch.testing.assert_close(mine, x, rtol=1e-9, atol=1e-12, msg=lambda m, k=k: f"{k}: {m}")
 
 
 def test_which_coefficient_the_policy_is_told() -> None:
@@ -100,16 +125,23 @@ def test_where_beta_comes_from(online: bool) -> None:
         assert not x.requires_grad
 
 
-def test_each_loss_moves_its_own_networks() -> None:
+OWNERS = {
+    "balance_loss": {"balance"},
+    "actor_loss": {"pi"},
+    "alpha_loss": {"log_alpha"},
+    "critic_loss": {"q", "q_lagged"},
+    "conservative_loss": {"q", "q_lagged"},
+}
+
+
+@pytest.mark.parametrize("loss", OWNERS)
+def test_each_loss_moves_its_own_networks(loss: str) -> None:
+    """A whole update in which the other losses are times 0."""
     agent = famo2o()
-    batch, before = told(batch_for(agent)), snapshot(agent)
-    chosen = agent.span(agent.balance(batch.obs).sample(generator=agent.rng["sample"]))
-    minimize(agent.balance_loss(batch, chosen), agent.opt_balance)
-    assert {k.split(".")[0] for k in differing(agent, before)} == {"balance"}
-    whole = famo2o()
-    start = snapshot(whole)
-    whole.update(batch_for(whole))
-    assert {k.split(".")[0] for k in differing(whole, start)} == {"balance", "pi", "q", "q_lagged", "log_alpha"}
+    silence(agent, [name for name in OWNERS if name != loss])
+    before = snapshot(agent)
+    agent.update(batch_for(agent))
+    assert {k.split(".")[0] for k in differing(agent, before)} == OWNERS[loss]
 
 
 def test_networks_are_those_of_the_official_code() -> None:

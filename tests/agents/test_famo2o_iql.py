@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, recorded_inputs, snapshot, tiny
+from agent_helpers import Table, batch_for, differing, recorded_inputs, silence, snapshot, tiny
 from torch import Tensor, nn
 
 from rlctl.agents.famo2o_iql import FamO2OIQL
@@ -82,18 +82,24 @@ def test_beta_weighs_and_conditions_alike(double: None) -> None:
     assert torch.autograd.grad(loss, beta, allow_unused=True) == (None,)
 
 
-def test_the_balance_policy_is_moved_by_its_loss_alone() -> None:
-    """L_b reaches it through the universal policy's action, and L_b of no entropy climbs the lagged critics."""
+OWNERS = {
+    "value_loss": {"v"},
+    "balance_loss": {"balance"},
+    "temperature_loss": {"log_temperature"},
+    "actor_loss": {"pi"},
+    "critic_loss": {"q", "q_lagged"},
+}
+
+
+@pytest.mark.parametrize("loss", OWNERS)
+def test_each_loss_moves_its_own_networks(loss: str) -> None:
+    """A whole update in which the other losses are times 0: the balance policy's goes through the universal policy's
+    action and the lagged critics, and moves neither."""
     agent = famo2o()
-    batch, before = batch_for(agent), snapshot(agent)
-    x, logp = agent.balanced(batch.obs).sample_log_prob(generator=agent.rng["sample"])
-    loss = agent.balance_loss(batch, x, logp)
-    minimize(loss, agent.opt_balance)
-    moved = {k.split(".")[0] for k in differing(agent, before)}
-    assert moved == {"balance"}
-    beta = torch.full((32,), 2.0)
-    minimize(agent.actor_loss(batch, agent.q_data(batch), beta), agent.opt_pi)
-    assert {k.split(".")[0] for k in differing(agent, before)} == {"balance", "pi"}
+    silence(agent, [name for name in OWNERS if name != loss])
+    before = snapshot(agent)
+    agent.update(batch_for(agent))
+    assert {k.split(".")[0] for k in differing(agent, before)} == OWNERS[loss]
 
 
 def test_balance_loss_by_number(double: None) -> None:

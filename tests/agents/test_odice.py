@@ -246,3 +246,13 @@ def test_at_the_start_backward_nearly_opposes_forward() -> None:
     )
     assert float(torch.cosine_similarity(f, g, 0)) < -0.99
     assert float(agent.value_step(losses)) == pytest.approx(-1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["odice", "odice-il"])
+def test_actions_are_clipped_to_the_box(name: str) -> None:
+    """Exploring as well as evaluating; ODICE-IL keeps its mean within the box, not its draws."""
+    agent: Any = tiny(name, tanh_mean=False)
+    obs = 1e4 * torch.randn(50, agent.spec.obs_dim, generator=torch.Generator().manual_seed(0))
+    assert float(agent.pi(agent.obs_norm(obs)).mode.detach().abs().max()) > 1.0
+    for explore in (False, True):
+        assert float(agent.act(obs, explore)[0].detach().abs().max()) == 1.0
