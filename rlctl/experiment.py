@@ -428,6 +428,11 @@ def _carry_out(
                 env_id, num_envs, seed=seed, device=device, threads=settings.run.threads, **found.eval_options()
             )
 
+        def record_transforms(agent: Agent) -> None:
+            transforms = {n: m.describe() for n, m in agent.named_modules() if isinstance(m, RewardTransform)}
+            if transforms:
+                _record(mine, settings, {"reward_transform": transforms})
+
         rank = parallel.rank()
         run = Run(  # first of all, for it takes the lock: nothing below may touch a run that is somebody else's
             mine,
@@ -439,6 +444,7 @@ def _carry_out(
             labels={} if data is None else data.labels(),
             resume=resume,
             follow=folder if rank else None,
+            on_begin=record_transforms,
         )
         if mine is not None:
             checkpoint.write_atomically(mine / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
@@ -483,8 +489,7 @@ def _carry_out(
                     raise run.diverged(agent) from e
                 raise
         done = {"status": "done", "final": run.final, "progress": run.progress, "spent_s": run.spent}
-        transforms = {n: m.describe() for n, m in agent.named_modules() if isinstance(m, RewardTransform)}
-        _record(mine, settings, done | ({"reward_transform": transforms} if transforms else {}))
+        _record(mine, settings, done)
         return mine, result
     except Interrupted as e:
         _record(mine, settings, {"status": "preempted", "error": str(e)})
@@ -653,6 +658,13 @@ def _announce(
     if found.data is not None:
         box = found.data.origin.action_box
         display.say(f"{found.data}, view {found.data.view}" + ("" if box is None else ", actions mapped to [-1, 1]"))
+        low, high = found.data.rows.action.aminmax()
+        far = max(-float(low), float(high))
+        if far > 1 + 1e-5:
+            display.say(
+                f"warning: the dataset has actions outside [-1, 1], up to {far:.4g} in size; no policy acts there "
+                f"(see `rlctl data verify {s.data}`)"
+            )
     if found.env_id is None:
         display.say(f"no evaluation: {found.no_evaluation}")
 

@@ -20,9 +20,11 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from rlctl_envs import VecEnv
+
+
+RECENT = 10
+"""Evaluations in training whose mean goes beside that of the last agent and that of the best."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class Run:
         labels: Mapping[str, Any] | None = None,
         resume: bool = False,
         follow: Path | None = None,
+        on_begin: Callable[[Agent], None] = lambda _: None,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.config = config or RunConfig()
@@ -235,6 +242,8 @@ class Run:
         """Raw return to normalised score, or None where no reference is known."""
         self.labels = dict(labels or {})
         """Goes into every row of eval.jsonl: which dataset a score belongs to."""
+        self.on_begin = on_begin
+        """Called with the agent when a stage begins: what it takes from a dataset is there by then."""
         self.env_steps = 0
         self.updates = 0
         self.progress = 0
@@ -245,6 +254,8 @@ class Run:
         self.spent = {"collect": 0.0, "learn": 0.0, "eval": 0.0}
         self.eval_episodes_used = 0
         self.best = -math.inf
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        """Mean returns of the latest evaluations in training, the newest last."""
         self.last_eval: Evaluation | None = None
         self.final: dict[str, Any] | None = None
         self._sums: dict[str, Tensor] = {}
@@ -307,6 +318,7 @@ class Run:
         """
         unowned_parameters(agent)
         self._stage = stage
+        self.on_begin(agent)
         if not self._planned:
             self._set_total(self.progress + left)
         if buffer is not None and hasattr(buffer, "save"):
@@ -427,6 +439,8 @@ class Run:
                 "return_std": result.std,
                 "normalized_score": self.score(result.mean),
                 "deterministic": True,
+                f"last{RECENT}_eval_mean": fmean(self.recent) if self.recent else None,
+                f"last{RECENT}_evals": len(self.recent),
                 "best_eval_mean": self.best if math.isfinite(self.best) else None,
                 "eval_episodes_used_total": self.eval_episodes_used,
                 **self.labels,
@@ -567,6 +581,7 @@ class Run:
         if not final:
             self._scalars(row)
             self.last_eval = main
+            self.recent.append(main.mean)
             self.display.evaluated(self.progress, main.mean, main.std, len(main.returns), score)
             if main.mean > self.best:
                 self.best = main.mean
@@ -595,6 +610,7 @@ class Run:
             "interval": list(self._interval),
             "counts": self._counts,
             "best": self.best if math.isfinite(self.best) else None,
+            "recent": list(self.recent),
             "eval_episodes_used": self.eval_episodes_used,
             "offsets": {k: f.tell() for k, f in self._rows.items()},
         }
@@ -616,6 +632,7 @@ class Run:
         self._interval = (int(s["interval"][0]), s["interval"][1], s["interval"][2])
         self._counts = s["counts"]
         self.best = -math.inf if s["best"] is None else s["best"]
+        self.recent = deque(s.get("recent", []), maxlen=RECENT)  # checkpoints of before it was kept lack it
         self.eval_episodes_used = s["eval_episodes_used"]
         if self._follows:  # generators, worlds and logs are those of rank 0
             for name, g in agent.rng.items():

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
@@ -38,12 +38,21 @@ from rlctl.train import OfflineConfig
 from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, Spec, Widths
 
 
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute()) if folder else ""
+
+
+RunFolder = Annotated[str, AfterValidator(_absolute)]
+"""Type of a setting that names a run directory: kept whole, for a run is loaded from elsewhere than it was made."""
+
+
 @dataclass(frozen=True)
 class CDSAConfig(OfflineConfig):
     """Defaults: one cautious step; all but the two learning rates belong to acting or to the noise levels."""
 
-    base: str = ""
-    """Run directory of the trained agent whose actions to correct, of any algorithm. Needed."""
+    base: RunFolder = ""
+    """Run directory of the trained agent whose actions to correct, of any algorithm. Needed, also to load the run
+    again: keep it where it is."""
     checkpoint: str = "latest"
     """Which of its agents: latest or best."""
     steps: Annotated[int, Field(ge=1)] = 100_000
@@ -105,6 +114,11 @@ class CDSA(Agent):
         if c.base:
             from rlctl.experiment import load_agent  # it knows all agents, this one too
 
+            if not Path(c.base).is_dir():
+                raise UsageError(
+                    f"no run directory {c.base}, of the agent whose actions this one corrects: put it back, or name "
+                    "where it is now (agent.base in the config.yaml of the run, --set base=RUN_DIR for a new one)"
+                )
             self.wrap(load_agent(Path(c.base), c.checkpoint)[0])
 
     def wrap(self, base: Agent) -> CDSA:

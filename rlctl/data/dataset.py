@@ -23,6 +23,7 @@ from rlctl.data import arrays, columns, d4rl, flat_files, minari_files
 from rlctl.data.arrays import DatasetError, Findings, Origin, Table, View
 from rlctl.data.reference import dataset_labels
 from rlctl.data.reward import RewardTransform
+from rlctl.ops import column_moments
 from rlctl.seeding import generator
 from rlctl.types import Batch
 
@@ -214,18 +215,17 @@ class Dataset:
 
     @cached_property
     def _stats(self) -> Stats:
-        returns, blocks, m = self.episode_returns(), torch.split(self.rows.obs, arrays.BLOCK), len(self)
-        mean = torch.stack([x.double().sum(0) for x in blocks]).sum(0) / m
-        var = torch.stack([(x.double() - mean).square().sum(0) for x in blocks]).sum(0) / m
+        returns = self.episode_returns()
+        mean, std = column_moments(self.rows.obs, arrays.BLOCK)
         return Stats(
-            transitions=m,
+            transitions=len(self),
             episodes=len(returns),
             return_mean=float(returns.mean()),
             return_std=float(returns.std(correction=0)),
             return_min=float(returns.min()),
             return_max=float(returns.max()),
             obs_mean=mean.float(),
-            obs_std=var.sqrt().float(),
+            obs_std=std.float(),
         )
 
     @cached_property

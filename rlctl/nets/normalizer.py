@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlctl import parallel
+from rlctl.ops.batches import column_moments
 from rlctl.ops.returns import discounted_sums
 
 
@@ -113,7 +114,7 @@ class FixedNorm(nn.Module):
     @torch.no_grad()
     def fit(self, obs: Tensor) -> None:
         """Take mean and (population) std from `obs` [B, O]."""
-        std, mean = torch.std_mean(obs.double(), 0, correction=0)
+        mean, std = column_moments(obs)
         self.mean.copy_(mean)
         self.std.copy_(std)
 

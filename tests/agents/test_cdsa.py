@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlctl import agents
 from rlctl.agents.cdsa import CDSA, CDSAConfig
+from rlctl.config import build
 from rlctl.errors import UsageError
 from rlctl.types import Batch, Spec
 
@@ -232,3 +233,11 @@ def test_a_base_is_needed_and_has_to_fit(tmp_path: Path) -> None:
         agents.make(CDSA, Spec(OBS_DIM + 1, ACT_DIM), CDSAConfig(hidden=(8,))).wrap(tiny("td3bc"))
     with pytest.raises(UsageError, match="not a run directory"):
         agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), CDSAConfig(base=str(tmp_path)))
+    with pytest.raises(UsageError, match=f"no run directory {tmp_path / 'gone'}, of the agent whose actions"):
+        agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), CDSAConfig(base=str(tmp_path / "gone")))
+
+
+def test_the_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build(CDSAConfig, {"base": "runs/x"}, "the config").base == str(tmp_path / "runs/x")
+    assert build(CDSAConfig, {}, "the config").base == ""

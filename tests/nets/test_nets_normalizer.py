@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlctl.nets import ObsNorm, RewardScale
 from rlctl.nets.normalizer import FixedNorm, RunningMoments
+from rlctl.ops import column_moments
 
 
 def frozen(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -138,6 +139,19 @@ def test_normalisers_are_saved_with_the_agent() -> None:
     other.update(reward, boundary)
     assert unchanged(other, frozen(scale))
     assert {"mean", "var", "count"} == set(ObsNorm(3).state_dict())
+
+
+def test_fixed_norm_takes_blocks_of_rows() -> None:
+    """A number of rows that no block divides, far from 0: as in one piece, to 1e-12."""
+    data = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 100.0, -1e4])
+    std, mean = torch.std_mean(data.double(), 0, correction=0)
+    for block in (7, 1000, 4096):
+        ours = column_moments(data, block)
+        torch.testing.assert_close(ours, (mean, std), rtol=1e-12, atol=1e-12)
+    norm = FixedNorm(3)
+    norm.fit(data)
+    assert torch.equal(norm.mean, mean.float())
+    assert torch.equal(norm.std, std.float())
 
 
 def test_fixed_norm() -> None:

@@ -196,8 +196,8 @@ class NaNPPO(PPO):
         return super().value_loss(v, ret) * (math.nan if self.counters["updates"] > 3 else 1.0)
 
 class NaNOffline(TD3BC):
-    def actor_loss(self, b):
-        return super().actor_loss(b) * (math.nan if self.counters["updates"] > 60 else 1.0)
+    def actor_loss(self, b, log=None):
+        return super().actor_loss(b, log) * (math.nan if self.counters["updates"] > 60 else 1.0)
 
 class Unseeded(SAC):
     def critic_loss(self, b):
