@@ -24,7 +24,7 @@ def minibatches(rows: R, size: int, generator: torch.Generator | None = None) ->
 
 def column_moments(x: Tensor, block: int = 1 << 14) -> tuple[Tensor, Tensor]:
     """Mean and (population) std [D] in float64 of the rows of `x` [M, D], `block` rows at a time: no wide copy of x."""
-    blocks = x.split(block)
+    blocks = torch.split(x, block)
     mean = torch.stack([rows.double().sum(0) for rows in blocks]).sum(0) / len(x)
     var = torch.stack([(rows.double() - mean).square().sum(0) for rows in blocks]).sum(0) / len(x)
     return mean, var.sqrt()
