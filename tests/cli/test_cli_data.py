@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +296,10 @@ def test_a_cut_file_and_a_wrong_id_are_refused_before_training(cli: Cli, tmp_pat
     )
 
 
-def test_cdsa_corrects_runs_of_any_algorithm(cli: Cli, tmp_path: Path, sac_run: Path, ppo_run: Path) -> None:
-    """Without score steps an evaluation gives the base run's very returns, with them it does not."""
+def test_cdsa_corrects_runs_of_any_algorithm(
+    cli: Cli, tmp_path: Path, sac_run: Path, ppo_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without score steps an evaluation gives the base run's very returns, with them it does not; from any folder."""
     npz(tmp_path / "a.npz")
     made = ["train", "--algo", "cdsa", "--data", "a.npz", "--env", "Hopper", "--steps", "5", "--quiet"]
     sets = ["hidden=[8]", "inverse_hidden=[8]", "batch_size=8", "run.final_episodes=0", "run.evaluations=1"]
@@ -304,10 +307,14 @@ def test_cdsa_corrects_runs_of_any_algorithm(cli: Cli, tmp_path: Path, sac_run: 
         theirs = cli("eval", base, "--episodes", "3", "--json").json["returns"]
         for steps, same in (("0", True), ("2", False)):
             out = f"{base.name}-{steps}"
-            given = [*sets, f"base={base}", f"score_steps={steps}", "state_step=0.2"]
+            given = [*sets, f"base={os.path.relpath(base)}", f"score_steps={steps}", "state_step=0.2"]
             r = cli(*made, "--out", out, *[x for s in given for x in ("--set", s)])
             assert r.code == 0, r.err
-            assert (cli("eval", out, "--episodes", "3", "--json").json["returns"] == theirs) == same
+            monkeypatch.chdir(base)
+            assert (cli("eval", tmp_path / out, "--episodes", "3", "--json").json["returns"] == theirs) == same
+            monkeypatch.chdir(tmp_path)
     refused(cli(*made, "--out", "none"), "--set base=RUN_DIR")
-    refused(cli(*made, "--out", "none", "--set", "base=nowhere"), "nowhere is not a run directory")
+    refused(
+        cli(*made, "--out", "none", "--set", "base=nowhere"), "no run directory", "nowhere, of the agent whose actions"
+    )
     assert not Path("none").exists()
