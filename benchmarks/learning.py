@@ -101,21 +101,27 @@ def record(folders: list[Path]) -> None:
             "started": run["started"],
             "seconds": {k: round(v) for k, v in run["spent_s"].items()},
         }
+        column, agent, key = run.get("column") or run["algo"], dict(config["agent"]), run["config_key"]
+        if agent.get("base"):  # a run is corrected: seeds that differ in it alone belong together, whatever its folder
+            base = json.loads((Path(agent["base"]) / "run.json").read_text())
+            column = f"{run['algo']} on {base['algo']}"
+            agent["base"] = f"{base['algo']} {base['config_key']}, seed {base['seed']}"
+            key = f"{base['algo']}-{base['config_key']}"
         shared = {
             "algo": run["algo"],
             "env": env,
             "data": run["data"],
             "offline": offline,
-            "column": run.get("column") or run["algo"],
+            "column": column,
             "steps": config["agent"]["steps"],
             "physics": run["physics"],
-            "config_key": run["config_key"],
-            "agent": config["agent"],
+            "config_key": key,
+            "agent": agent,
             "machine": {k: v for k, v in session["machine"].items() if k != "host"},
             "versions": session["versions"],
             "torch_threads": config["run"]["threads"] or session["torch_threads"],
         }
-        merge(f"{run['algo']}-{env}-{run['config_key']}", shared, run["seed"], seed)
+        merge(f"{run['algo']}-{env}-{key}", shared, run["seed"], seed)
 
 
 def merge(name: str, shared: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
