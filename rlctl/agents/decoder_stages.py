@@ -1,5 +1,14 @@
 """What GoRL on PPO and GoRL on SAC share: the decoder between codes and actions, and how the next one is fitted. Not an
-algorithm."""
+algorithm.
+
+Source: arXiv:2512.02581, phase 2; code github.com/bennidict23/GoRL.
+Differs: a decoder sees (s - mean) / (std + 1e-3), clipped to +-10 like what the encoder sees, with the mean and std of
+all rows, the held-out ones too (the code: std + 1e-8, no clip, of the rows it trains on; there a number that stood
+still in the rollouts and moves later comes out a hundred million times as large). Of time a flow sees the number
+itself and a diffusion 16 learned features of its sines and cosines (the code: 8, those of four octaves); a flow begins
+with Xavier-uniform weights, a diffusion with PyTorch's default (the code: LeCun-uniform). The decoder of stage 0 is the
+exact identity for a diffusion too (the code's multiplies codes by 1.052).
+"""
 
 from __future__ import annotations
 
@@ -110,10 +119,10 @@ class Decoders(nn.Module):
         super().__init__()
         self.spec, self.cfg = spec, cfg
         self.acting = Decoder(self.make())
-        self.norm = FixedNorm(spec.obs_dim)
+        self.norm = FixedNorm(spec.obs_dim, clip=10.0)
         self.next = self.make()
         """In training in phase 2; `acting` acts meanwhile."""
-        self.next_norm = FixedNorm(spec.obs_dim)
+        self.next_norm = FixedNorm(spec.obs_dim, clip=10.0)
         self.best = frozen_copy(self.next)
         """The weights of `next` that had the smallest held-out loss."""
         self.register_buffer("best_loss", torch.tensor(torch.finfo(torch.float32).max))

@@ -3,12 +3,13 @@ the best of both by value, chosen on the fly, for acting and in the backup. Onli
 
 Source: Dong et al. 2025, arXiv:2507.07986 (on-the-fly policy, edit objective, algorithm 1); critics as in RLPD
 (arXiv:2302.02948).
-Differs: edited actions are clipped to [-1, 1] (the official code values and stores them unclipped). The entropy target
-moves with the size of the edits, -A/2 + A log beta, which is -A/2 of the edit before scaling: without the shift a small
-beta can never reach it, and the temperature grows for ever. The temperature descends -log(alpha) (log pi + target), as
-in our SAC. Learning rates are constant and nothing decays (official: cosine over 3M steps, AdamW). A matching loss is a
-mean over action dimensions, a critic loss a sum over critics. The deterministic action compares the candidates of noise
-drawn once, by the subset minimum averaged over all subsets; the official evaluation draws as it acts.
+Differs: base and edited actions are clipped to [-1, 1] (the official code values and stores edits unclipped). The
+entropy target moves with the size of the edits, -A/2 + A log beta, which is -A/2 of the edit before scaling: without
+the shift a small beta can never reach it, and the temperature grows for ever. The temperature descends -log(alpha) (log
+pi + target), as in our SAC. Learning rates are constant and nothing decays (official: cosine over 3M steps, AdamW). A
+matching loss is a mean over action dimensions, a critic loss a sum over critics. The deterministic action compares the
+candidates of noise drawn once, by the subset minimum averaged over all subsets; the official evaluation draws as it
+acts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rlctl.nets import (
 )
 from rlctl.nets.field import xavier_
 from rlctl.ops import adam, frozen_copy, minimize, polyak
-from rlctl.ops.ensemble import check, mean_subset_min, subset_min
+from rlctl.ops.ensemble import check, mean_subset_min, random_subset, subset_min
 from rlctl.ops.selection import best_of
 from rlctl.train import Job, OffPolicyConfig, off_policy, offline, replay
 from rlctl.types import Agent, Batch, Count, Fraction, Metrics, NonNegative, Positive, Source, Spec, Widths
@@ -168,15 +169,21 @@ class EXPO(Agent):
         """What gives the candidates of the on-the-fly policy: draws of `base` and edits of them."""
         return Edited(base, self.edit, self.cfg.beta, self.num_edits) if self.num_edits else base
 
+    def candidates(
+        self, base: Policy, obs: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Actions of the on-the-fly policy to choose from, [..., N + edits, A], in the box whatever the base gives."""
+        return self.choices(base).candidates(obs, self.cfg.num_actions, noise, generator).clamp(-1, 1)
+
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The best of base_slow's draws and their edits, by the smallest of a few lagged critics."""
-        c, choices = self.cfg, self.choices(self.base_slow)
+        c = self.cfg
         if explore:
-            actions = choices.candidates(obs, c.num_actions, generator=self.rng["action"])
+            actions = self.candidates(self.base_slow, obs, generator=self.rng["action"])
             value = subset_min(self.q_lagged(obs, actions), c.backup_critics, self.rng["action"])
         else:
             noise = self.bank.expand(*obs.shape[:-1], *self.bank.shape)
-            actions = choices.candidates(obs, c.num_actions, noise)
+            actions = self.candidates(self.base_slow, obs, noise)
             value = mean_subset_min(self.q_lagged(obs, actions), c.backup_critics)
         return best_of(actions, value), {}
 
@@ -187,11 +194,14 @@ class EXPO(Agent):
         a* is the candidate of the largest min_{j in S} Q_lagged_j; S and S' are drawn one after the other.
         """
         c, g = self.cfg, self.rng["sample"]
-        actions = self.choices(self.base).candidates(b.next_obs, c.num_actions, generator=g)
-        q = self.q_lagged(b.next_obs, actions)  # [E, B, N]: every critic at every candidate, for both subsets
-        best = subset_min(q, c.backup_critics, g).argmax(-1, keepdim=True)
-        q_best = q.gather(-1, best.expand(len(q), -1, -1)).squeeze(-1)
-        return b.reward + c.gamma * subset_min(q_best, c.backup_critics, g) * ~b.terminated
+
+        def smallest(action: Tensor) -> Tensor:  # of many critics, only the few that count are asked
+            few = random_subset(c.num_critics, c.backup_critics, action.device, g)
+            return self.q_lagged(b.next_obs, action, few).amin(0)
+
+        actions = self.candidates(self.base, b.next_obs, generator=g)
+        best = best_of(actions, smallest(actions))
+        return b.reward + c.gamma * smallest(best) * ~b.terminated
 
     def critic_loss(self, b: Batch) -> Tensor:
         """sum_j E[(Q_j(s, a) - y)^2], j over the ensemble."""
@@ -208,7 +218,7 @@ class EXPO(Agent):
         start = b.action
         if self.cfg.edit_of == "base":
             with torch.no_grad():
-                start = self.base.sample(b.obs, generator=g)
+                start = self.base.sample(b.obs, generator=g).clamp(-1, 1)
         action, logp = choices.edited(b.obs, start, generator=g)
         q = self.q(b.obs, action).mean(0)
         return (self.log_alpha.detach().exp() * logp - q).mean(), logp.detach()

@@ -1,11 +1,12 @@
 """IDQL: IQL's values beside a diffusion policy that only clones; the values choose among its draws.
 
 Source: Hansen-Estruch et al. 2023, arXiv:2304.10573, with the expectile as its loss of V (values: arXiv:2110.06169).
-Differs: no dropout in the policy's network. 10 levels of noise, where the official runs have 5: with those, even a
-perfect network leaves three draws in ten between the modes of the data, where values are guesses, and it is by values
-that draws are chosen (docs/generative.md, "How many steps"). The deterministic action is the best of fixed noise;
-exploring takes the best of fresh draws, or with `implicit_policy` draws one by the weights that the expectile implies
-(tau where Q > V and 1 - tau elsewhere), as the paper does while fine-tuning online.
+Differs: no dropout in the policy's network. 32 candidates, our choice (the paper's 64 are from memory, unconfirmed). 10
+levels of noise, where the official runs have 5: with those, even a perfect network leaves three draws in ten between
+the modes of the data, where values are guesses, and it is by values that draws are chosen (docs/generative.md, "How
+many steps"). The deterministic action is the best of fixed noise; exploring takes the best of fresh draws, or with
+`implicit_policy` draws one by the weights that the expectile implies (tau where Q > V and 1 - tau elsewhere), as the
+paper does while fine-tuning online.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class ChosenByValueConfig(OfflineRLConfig):
 
 @dataclass(frozen=True)
 class IDQLConfig(ChosenByValueConfig):
-    """Defaults: those of the paper for MuJoCo (AntMaze: expectile 0.9), but twice its levels of noise."""
+    """Defaults: those of the paper for MuJoCo (AntMaze: expectile 0.9), but 32 candidates and twice its levels of
+    noise."""
 
     width: Count = 256
     """Width of the policy's residual network (its blocks are four times as wide inside)."""

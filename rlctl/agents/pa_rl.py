@@ -4,15 +4,17 @@ Source: Sobol Mark et al. 2024, arXiv:2412.06685 (action optimisation, global an
 of its Cal-QL variant (arXiv:2303.05479); official code github.com/MaxSobolMark/PolicyAgnosticRL.
 Differs: critics regress numbers (officially histograms over [-100, 0]). Critic and policy learn from the same batch, so
 one `data_share` serves both (officially half of the critic's rows are the dataset's, and of the policy's as many as
-there are). Learning goes step by step, not by episodes. Candidates are of the average of the base policy over updates.
-No dropout, no warm-up of learning rates. The deterministic action searches from fixed noise; the last layer of a critic
-is uniform where it is orthogonal officially, at the same scale. Three defaults know the scale of values, and the
-official ones are for values down to -100: `search_size` and `search_steps` (an action moves by at most steps times size
-times slope), `temperature` (a choice by exp(Q / temperature)). With values within [0, 1] they move next to nothing and
-prefer little; 0.05, 3 and 0.1 do there. With `distill_offline` off, as officially, the policy imitates no
-improved action before it has met its environment: on data alone act by the search, or switch it on. The official
-sampler (cosine, 5 steps, variance beta, clipped states) leaves 15% of the draws of even a perfect network between four
-modes, and its first step multiplies the network's error by 32; vp with 10 steps, posterior and x0 leaves 4%.
+there are). Both searches go by the critics as they are, as in the official code, not by the lagged ones, by which the
+local search is sometimes written. Learning goes step by step, not by episodes. Candidates are of the average of the
+base policy over updates. No dropout, no warm-up of learning rates. The deterministic action searches from fixed noise;
+the last layer of a critic is uniform where it is orthogonal officially, at the same scale. Three defaults know the
+scale of values, and the official ones are for values down to -100: `search_size` and `search_steps` (an action moves by
+at most steps times size times slope), `temperature` (a choice by exp(Q / temperature)). With values within [0, 1] they
+move next to nothing and prefer little; 0.05, 3 and 0.1 do there. With `distill_offline` off, as officially, the policy
+imitates no improved action before it has met its environment: on data alone act by the search, or switch it on. The
+official sampler (cosine, 5 steps, variance beta, clipped states) leaves 15% of the draws of even a perfect network
+between four modes, and its first step multiplies the network's error by 32; vp with 10 steps, posterior and x0 leaves
+4%.
 """
 
 from __future__ import annotations

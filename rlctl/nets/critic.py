@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rlctl.nets.mlp import MLP, Activation, Norm, mlp
 
@@ -82,8 +83,8 @@ class QEnsemble(nn.Module):
             for _ in range(num)
         )
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values [E, ...] of `obs` [..., O] and `action` [..., A].
+    def forward(self, obs: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:
+        """Values [E, ...] of `obs` [..., O] and `action` [..., A]; with `members` [M] (int64) of those alone, [M, ...].
 
         Leading dimensions are equal, or `action` has more, as [B, O] and [B, K, A] for K candidates: then [E, B, K].
         """
@@ -91,7 +92,18 @@ class QEnsemble(nn.Module):
             obs = obs.unsqueeze(-2)
         obs = obs.expand(*action.shape[:-1], obs.shape[-1])
         x = torch.cat([obs, action], -1)
-        return torch.stack([q(x).squeeze(-1) for q in self.members])
+        if members is None:
+            return torch.stack([q(x).squeeze(-1) for q in self.members])
+        # which they are is known on the device alone: their weights are looked up there
+        names = [name for name, _ in self.members[0].named_parameters()]
+        stacked = [torch.stack(p) for p in zip(*(q.parameters() for q in self.members), strict=True)]
+        chosen = [p.index_select(0, members).unbind(0) for p in stacked]
+        return torch.stack(
+            [
+                functional_call(self.members[0], dict(zip(names, weights, strict=True)), (x,)).squeeze(-1)
+                for weights in zip(*chosen, strict=True)
+            ]
+        )
 
     def with_action_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Values [E, B] and dQ_e/da [E, B, A] at `obs` [B, O], `action` [B, A], both differentiable in the weights."""

@@ -405,7 +405,9 @@ class LatentDecoderPolicy(Policy):
     """An encoder draws a code, a decoder maps it to an action: a = g(s, e), e ~ N(mean(s), std(s)).
 
     The density that is known is that of the code. `squash`: the decoder gives raw actions, tanh brings them into the
-    box. The norms turn raw observations into what each part was trained on.
+    box. The norms turn raw observations into what each part was trained on. It can be fitted to given actions
+    (`matching_loss`) if the encoder is frozen at construction, for no matching loss has a gradient in it, and nothing
+    is squashed, for what is matched is raw.
     """
 
     def __init__(
@@ -424,7 +426,9 @@ class LatentDecoderPolicy(Policy):
         self.encoder_norm, self.decoder_norm = encoder_norm or nn.Identity(), decoder_norm or nn.Identity()
         self.noise_shape = encoder.noise_shape
         both = encoder.can & decoder.can & {"reparam"}
-        self.can = frozenset({"sample", "mode", "decode", "latent_log_prob"}) | both | decoder.can & {"matching_loss"}
+        self.can = frozenset({"sample", "mode", "decode", "latent_log_prob"}) | both
+        if not squash and not any(p.requires_grad for p in encoder.parameters()):
+            self.can |= decoder.can & {"matching_loss"}
 
     def forward(self, obs: Tensor) -> Conditioned:
         """The policy at `obs` [..., O]."""

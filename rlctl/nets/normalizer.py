@@ -100,14 +100,17 @@ class RewardScale(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """z-score with the mean and std of a dataset: (obs - mean) / (std + eps). The identity until `fit`."""
+    """z-score with the mean and std of a dataset: (obs - mean) / (std + eps), clipped to +-`clip` if that is given.
+
+    Until `fit` it is the identity (but for the clip).
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, obs_dim: int, eps: float = 1e-3) -> None:
+    def __init__(self, obs_dim: int, eps: float = 1e-3, clip: float | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.clip = eps, clip
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.full((obs_dim,), 1.0 - eps))
 
@@ -120,4 +123,5 @@ class FixedNorm(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """`[..., O] -> [..., O]`."""
-        return (obs - self.mean) / (self.std + self.eps)
+        seen = (obs - self.mean) / (self.std + self.eps)
+        return seen if self.clip is None else seen.clamp(-self.clip, self.clip)

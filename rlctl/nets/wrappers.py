@@ -77,7 +77,8 @@ class BestOfN(Policy):
 
 
 class Edited(Policy):
-    """Base actions moved by a small learned edit: a = clip(a_b + beta u), u ~ edit(. | [s, a_b]) in (-1, 1)^A.
+    """Base actions moved by a small learned edit: a = clip(a_b + beta u), u ~ edit(. | [s, a_b]) in (-1, 1)^A. Base
+    actions are clipped to [-1, 1] too, before anything sees them.
 
     `edit` is a squashed policy that sees observation and base action side by side. As candidates of `BestOfN` it gives
     N base actions and the edits of the first `num_edits` of them (None: of all). Noise of a draw is the base's with one
@@ -107,7 +108,8 @@ class Edited(Policy):
     ) -> tuple[Tensor, Tensor]:
         """An edit of `base` [..., A], [..., A], and log pi(a | s, a_b) = log p(u) - A log beta, [...], before the clip.
 
-        At beta 0 nothing is edited and the density is infinite. `obs` may have one dimension less than `base`.
+        `base` is in the box. At beta 0 nothing is edited and the density is infinite. `obs` may have one dimension
+        less than `base`.
         """
         for _ in range(base.dim() - obs.dim()):
             obs = obs.unsqueeze(-2)
@@ -125,12 +127,12 @@ class Edited(Policy):
     ) -> Tensor:
         """Edited draws [..., A], with `num` [..., num, A]."""
         ours, theirs = self._split(noise)
-        base = self.policy.sample(obs, num, theirs, generator)
+        base = self.policy.sample(obs, num, theirs, generator).clamp(-1, 1)
         return self.edited(obs, base, ours, generator)[0]
 
     def mode(self, obs: Tensor) -> Tensor:
         """The edit's own mode at the base's."""
-        base = self.policy.mode(obs)
+        base = self.policy.mode(obs).clamp(-1, 1)
         return (base + self.beta * self.edit.mode(torch.cat([obs, base], -1))).clamp(-1, 1)
 
     def candidates(
@@ -138,7 +140,7 @@ class Edited(Policy):
     ) -> Tensor:
         """`num` base actions and edits of the first `num_edits`, [..., num + num_edits, A]."""
         ours, theirs = self._split(noise)
-        base = self.policy.sample(obs, num, theirs, generator)
+        base = self.policy.sample(obs, num, theirs, generator).clamp(-1, 1)
         few = num if self.num_edits is None else min(self.num_edits, num)
         edits, _ = self.edited(obs, base[..., :few, :], None if ours is None else ours[..., :few, :], generator)
         return torch.cat([base, edits], -2)
@@ -155,14 +157,19 @@ class EMA(Policy):
     """Acts with an exponential moving average of the policy that learns: train `policy`, sample from this.
 
     `update(step)` moves the average: slow <- slow + (1 - decay)(policy - slow) in every `every`-th step; before `start`
-    it is a plain copy instead.
+    it is a plain copy instead. What it can do is the slow policy's, so no gradient reaches a parameter (`reparam` it
+    cannot), but for `matching_loss`, which is that of the policy that learns.
     """
+
+    OFFERS = frozenset({"sample", "mode", "decode", "matching_loss"}) | frozenset(
+        {"log_prob", "entropy", "kl", "components", "deterministic"}  # of what `forward` gives
+    )
 
     def __init__(self, policy: Policy, decay: float = 0.995, every: int = 1, start: int = 0) -> None:
         super().__init__()
         self.policy, self.slow = policy, frozen_copy(policy)
         self.decay, self.every, self.start = decay, every, start
-        self.can, self.noise_shape = policy.can, policy.noise_shape
+        self.can, self.noise_shape = policy.can & self.OFFERS, policy.noise_shape
 
     def update(self, step: int) -> None:
         """Take in the policy of update number `step` (a Python number)."""

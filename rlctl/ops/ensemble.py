@@ -17,11 +17,14 @@ def subset_min(q: Tensor, size: int, generator: torch.Generator | None = None) -
 
     With `size` E all members count, and no random number is drawn.
     """
-    check(len(q), size)
-    if size == len(q):
-        return q.amin(0)
-    chosen = torch.randperm(len(q), generator=generator, device=q.device)[:size]
-    return q.index_select(0, chosen).amin(0)
+    chosen = random_subset(len(q), size, q.device, generator)
+    return (q if chosen is None else q.index_select(0, chosen)).amin(0)
+
+
+def random_subset(num: int, size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor | None:
+    """`size` of `num` members, [size] (int64); None, and no random number, if that is all of them."""
+    check(num, size)
+    return None if size == num else torch.randperm(num, generator=generator, device=device)[:size]
 
 
 def mean_subset_min(q: Tensor, size: int) -> Tensor:

@@ -84,9 +84,10 @@ class Adam(torch.optim.Adam):
 def adam(params: Iterable[nn.Parameter], lr: float, eps: float = 1e-8, weight_decay: float = 0.0) -> Adam:
     """Adam with one kernel call per step (a loop over parameters costs as much as a small network).
 
-    `weight_decay` times the parameter is added to the gradient (an L2 penalty, not AdamW's decay).
+    Parameters that are frozen are left out: no loss has a gradient in them. `weight_decay` times the parameter is added
+    to the gradient (an L2 penalty, not AdamW's decay).
     """
-    return Adam(list(params), lr, eps=eps, weight_decay=weight_decay)
+    return Adam([p for p in params if p.requires_grad], lr, eps=eps, weight_decay=weight_decay)
 
 
 def minimize(loss: Tensor, opt: torch.optim.Optimizer, max_grad_norm: float | None = None) -> Tensor:

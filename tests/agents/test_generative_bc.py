@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from rlctl import agents
 from rlctl.agents.diffusion_bc import DiffusionBC
 from rlctl.agents.diffusion_ql import DiffusionQL
+from rlctl.agents.expo import EXPO
 from rlctl.agents.idql import IDQL
+from rlctl.agents.pa_rl import PARL
 from rlctl.nets import (
     DiffusionPolicy,
     FlowPolicy,
     GaussianPolicy,
     GenerativePolicy,
+    LatentDecoderPolicy,
     MixturePolicy,
     OneStepPolicy,
     Policy,
@@ -69,14 +72,29 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "squashed": lambda: TanhGaussianPolicy(3, 2, (8,)),
     "diffusion": lambda: DiffusionPolicy(3, 2, (8,)),
     "flow": lambda: FlowPolicy(3, 2, (8,)),
+    # the decoder learns; codes are drawn by an encoder that does not
+    "latent": lambda: latent(frozen=True),
 }
+# where the agent's policy is made
+WHERE = {DiffusionBC: "make_policy", IDQL: "make_policy", DiffusionQL: "make_policy", EXPO: "make_base"}
+WHERE |= {PARL: "make_base"}
+
+
+def latent(*, frozen: bool) -> LatentDecoderPolicy:
+    encoder = GaussianPolicy(3, 2, (8,)).requires_grad_(not frozen)
+    return LatentDecoderPolicy(encoder, FlowPolicy(3, 2, (8,), clip=None), squash=False)
+
+
+def variant(base: type[Agent], make: Callable[[], Policy]) -> type[Agent]:
+    return type("Variant", (base,), {WHERE[base]: lambda self: make()})
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("base", [DiffusionBC, IDQL, DiffusionQL])
+@pytest.mark.parametrize("base", WHERE)
 def test_the_same_learner_takes_any_policy_that_can_what_it_needs(base: type[Agent], kind: str) -> None:
-    cls = type("Variant", (base,), {"make_policy": lambda self: POLICIES[kind]()})
-    small = {"hidden": (8,), "critic_hidden": (8,), "num_candidates": 3}
+    cls = variant(base, POLICIES[kind])
+    small = {"hidden": (8,), "critic_hidden": (8,), "num_candidates": 3, "policy_every": 1, "num_actions": 3}
+    small |= {"num_kept": 2, "bc_share": 0.0, "distill_offline": True, "cql_weight": 0.0}
     known = {k: v for k, v in small.items() if k in base.Config.__dataclass_fields__}
     agent = agents.make(cls, Spec(3, 2), base.Config(**known))
     b = batch_for(agent)
@@ -85,14 +103,21 @@ def test_the_same_learner_takes_any_policy_that_can_what_it_needs(base: type[Age
     assert differing(agent, before)
     assert all(bool(x.isfinite()) for x in metrics.values())
     for explore in (True, False):
-        assert agent.act(b.obs, explore)[0].shape == (32, 2)
+        action = agent.act(b.obs, explore)[0]
+        assert action.shape == (32, 2)
+        if base in (EXPO, PARL):  # others leave the bound to the policy
+            assert float(action.abs().max()) <= 1
 
 
-@pytest.mark.parametrize("base", [DiffusionBC, IDQL, DiffusionQL])
+@pytest.mark.parametrize("base", WHERE)
 def test_a_policy_that_lacks_something_is_refused_at_construction(base: type[Agent]) -> None:
-    cls = type("Variant", (base,), {"make_policy": lambda self: OneStepPolicy(3, 2, (8,))})
-    with pytest.raises(TypeError, match="Variant needs a policy with matching_loss; OneStepPolicy offers"):
-        agents.make(cls, Spec(3, 2))
+    """Codes that are to be learned as well: the matching loss has no gradient in their encoder."""
+    for make, kind in (
+        (lambda: OneStepPolicy(3, 2, (8,)), "OneStepPolicy"),
+        (lambda: latent(frozen=False), "LatentDecoderPolicy"),
+    ):
+        with pytest.raises(TypeError, match=f"(Variant|EXPO|PA-RL) needs a policy with matching_loss; {kind} offers"):
+            agents.make(variant(base, make), Spec(3, 2))
 
 
 def test_a_gradient_through_draws_is_refused_where_there_is_none() -> None:

@@ -355,8 +355,15 @@ ANY: dict[str, Callable[[], Policy]] = {
     "diffusion": lambda: DiffusionPolicy(OBS, ACT, (8,)),
     "flow": lambda: FlowPolicy(OBS, ACT, (8,)),
     "one step": lambda: OneStepPolicy(OBS, ACT, (8,)),
-    "latent": lambda: LatentDecoderPolicy(GaussianPolicy(OBS, ACT, (8,)), FlowPolicy(OBS, ACT, (8,), clip=None)),
+    "latent": lambda: latent(),
+    "frozen latent": lambda: latent(frozen=True),
 }
+
+
+def latent(*, frozen: bool = False) -> LatentDecoderPolicy:
+    """Codes of a Gaussian, decoded by a flow; `frozen`: a prior that does not learn, and raw actions."""
+    encoder = GaussianPolicy(OBS, ACT, (8,)).requires_grad_(not frozen)
+    return LatentDecoderPolicy(encoder, FlowPolicy(OBS, ACT, (8,), clip=None), squash=not frozen)
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -376,7 +383,7 @@ def test_one_piece_of_code_serves_every_policy(name: str) -> None:
         loss = policy.matching_loss(obs, torch.rand(4, ACT) - 0.5, generator=g)
         assert loss.shape == (4,)
         assert loss.requires_grad
-    assert ("matching_loss" in policy.can) == (name != "one step")
+    assert ("matching_loss" in policy.can) == (name not in {"one step", "latent"})
 
 
 def test_gaussian_matching_loss_is_the_negative_log_likelihood(double: None) -> None:
@@ -395,6 +402,11 @@ def test_the_missing_capability_is_named() -> None:
         require(DiffusionPolicy(OBS, ACT, (8,)), "log_prob", by="PPO")
     with pytest.raises(TypeError, match="a decoder of codes needs a policy with decode; DeterministicPolicy"):
         LatentDecoderPolicy(GaussianPolicy(OBS, ACT, (8,)), DeterministicPolicy(OBS, ACT, (8,)))
+    with pytest.raises(TypeError, match="a cloner needs a policy with matching_loss; LatentDecoderPolicy offers"):
+        require(latent(), "matching_loss", by="a cloner")
+    assert "matching_loss" in latent(frozen=True).can
+    squashed = LatentDecoderPolicy(GaussianPolicy(OBS, ACT, (8,)).requires_grad_(False), FlowPolicy(OBS, ACT, (8,)))
+    assert "matching_loss" not in squashed.can  # what it matches are raw actions, not those that are given
     with pytest.raises(TypeError, match="an encoder of codes needs a policy with log_prob; FlowPolicy"):
         LatentDecoderPolicy(FlowPolicy(OBS, ACT, (8,)), FlowPolicy(OBS, ACT, (8,)))
 
@@ -448,3 +460,56 @@ def test_field_net_gives_what_its_kind_asks_and_refuses_blocks_of_several_widths
         assert isinstance(plain, FieldMLP) and type(plain.time).__name__ == time
     with pytest.raises(ValueError, match=r"one width: the widths \(32, 16\)"):
         field_net("resnet", "diffusion", 3, 2, (32, 16))
+
+
+# ------------------------------------------------------------------------------------------- losses weighted by a value
+class Affine(nn.Module):
+    """slope x + shift for each of a few times, whatever the observation."""
+
+    def __init__(self, slope: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.slope, self.shift = nn.Parameter(slope), nn.Parameter(shift)
+
+    def forward(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        # rows are laid out [actions, noises, times]
+        return self.slope[:, None] * x + self.shift[:, None]
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_weighted_matching_has_the_regularised_optimum_for_its_fixed_point(double: None, kind: str) -> None:
+    """Data N(m, s^2), weights exp(Q / tau), Q = -(a - c)^2 / (2 l): the loss is least at the field of the Gaussian with
+    mean (m / s^2 + c / (tau l)) / (1 / s^2 + 1 / (tau l)) and variance 1 / (1 / s^2 + 1 / (tau l)), and not at the
+    data's own. Expectations are sums on grids, times a few.
+    """
+    m, s, c, l, tau = -0.3, 0.5, 0.4, 0.2, 0.7  # noqa: E741
+    precision = 1 / s**2 + 1 / (tau * l)
+    optimum = ((m / s**2 + c / (tau * l)) / precision, precision**-0.5)
+    diffusion = DiffusionPolicy(1, 1, (8,), clip=None)
+    policy = diffusion if kind == "diffusion" else FlowPolicy(1, 1, (8,), clip=None)
+    times = torch.arange(1, 6) if kind == "diffusion" else torch.tensor([0.0, 0.25, 0.5, 0.9])
+
+    def oracle(mean: float, std: float) -> Affine:
+        if kind == "flow":
+            slope = (times * std**2 - (1 - times)) / ((1 - times).square() + times.square() * std**2)
+            return Affine(slope, mean * (1 - slope * times))
+        ab = diffusion.alpha_bar[times]
+        slope = (1 - ab).sqrt() / (ab * std**2 + 1 - ab)
+        return Affine(slope, -slope * ab.sqrt() * mean)
+
+    a, z = torch.linspace(m - 8 * s, m + 8 * s, 401), torch.linspace(-8, 8, 401)
+    chance = (-(a - m).square() / (2 * s**2)).exp()[:, None] * (-z.square() / 2).exp()
+    chance = (chance / chance.sum()).unsqueeze(-1)
+    weight = (-(a - c).square() / (2 * l * tau)).exp()[:, None, None]
+    shape = (len(a), len(z), len(times))
+    action, noise = a[:, None, None, None].expand(*shape, 1), z[None, :, None, None].expand(*shape, 1)
+
+    def slope_at(mean: float, std: float, weight: Tensor) -> float:
+        policy.net = net = oracle(mean, std)
+        loss = policy.matching_loss(torch.zeros(*shape, 1), action, noise, times.expand(shape))
+        assert loss.shape == shape  # a loss of each sample: weights are whoever's that multiplies
+        grads = torch.autograd.grad((chance * weight * loss).sum(), list(net.parameters()))
+        return max(float(g.abs().max()) for g in grads)
+
+    assert slope_at(*optimum, weight) < 1e-10
+    assert slope_at(m, s, torch.ones(())) < 1e-10
+    assert slope_at(m, s, weight) > 1e-2

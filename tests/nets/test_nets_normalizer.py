@@ -165,3 +165,7 @@ def test_fixed_norm() -> None:
     np.testing.assert_allclose(norm(x).numpy(), expected, rtol=1e-4, atol=1e-4)
     norm.fit(torch.ones(10, 2))
     assert norm(torch.ones(3, 2)).tolist() == [[0.0, 0.0]] * 3  # a number that never changes
+    bounded = FixedNorm(2, clip=10.0)
+    assert bounded(torch.tensor([-12.0, 3.0])).tolist() == [-10.0, 3.0]
+    bounded.fit(torch.zeros(10, 2))
+    assert bounded(torch.tensor([5.0, -0.001])).tolist() == pytest.approx([10.0, -1.0])  # 5000 without the bound

@@ -149,6 +149,23 @@ def test_the_density_of_an_edit_integrates_to_one(double: None, beta: float) -> 
     assert float(torch.trapezoid(logp.detach().exp(), (base + beta * u)[:, 0])) == pytest.approx(1, abs=1e-6)
 
 
+def test_base_actions_outside_the_box_are_clipped_like_edits() -> None:
+    """Of a base whose draws nobody bounds; what the edit sees of it is in the box too."""
+    base = GaussianPolicy(OBS, ACT, (8,), log_std=1.0)
+    policy, obs = Edited(base, TanhGaussianPolicy(OBS + ACT, ACT, (8,)), 0.3), torch.randn(50, OBS)
+    seen: list[Tensor] = []
+    policy.edit.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., OBS:].detach()))
+    candidates = policy.candidates(obs, 4, generator=gen())
+    draws = base.sample(obs, 4, generator=gen())
+    assert float(draws.abs().max()) > 2
+    assert torch.equal(candidates[:, :4], draws.clamp(-1, 1))
+    assert torch.equal(seen[0], candidates[:, :4])
+    base.mean[-1].bias.data.fill_(9.0)  # type: ignore[operator, union-attr]
+    for action in (candidates, policy.sample(obs, generator=gen()), policy.mode(obs)):
+        assert float(action.detach().abs().max()) <= 1
+    assert all(float(x.abs().max()) <= 1 for x in seen)
+
+
 def test_an_edit_is_differentiable_in_its_own_weights_and_the_base_is_untouched(double: None) -> None:
     policy, obs = edited(0.3), torch.randn(5, OBS)
     with torch.no_grad():
@@ -184,7 +201,14 @@ def test_ema() -> None:
     assert not torch.equal(ema.sample(obs, noise=noise), policy.sample(obs, noise=noise))
     loss = ema.matching_loss(obs, torch.zeros(4, ACT), generator=gen())
     torch.testing.assert_close(loss, policy.matching_loss(obs, torch.zeros(4, ACT), generator=gen()))
-    assert ema.can == policy.can
+    assert ema.can == {"sample", "mode", "decode", "matching_loss"}
+    for other in (DiffusionPolicy(OBS, ACT, (8,), min_std=0.1), GaussianPolicy(OBS, ACT, (8,))):
+        slow = EMA(other)
+        offered = {name for name in other.can if name in dir(slow) or name in dir(slow(obs))}
+        assert slow.can == (offered & other.can) - {"field", "chain_log_prob"}
+        assert slow.can >= {"sample", "mode", "decode", "matching_loss"}
+        assert not slow.sample(obs, generator=gen()).requires_grad  # no `reparam`
+    assert slow.can == {"sample", "mode", "decode", "matching_loss", "log_prob", "entropy", "kl"}
 
 
 # --------------------------------------------------------------------------------------------------------- composition

@@ -18,8 +18,10 @@ from rlctl.ops.diffusion import (
     reverse_steps,
 )
 
+VP = [(5, 0.195875, 0.835031), (10, 0.057764, 0.613452), (20, 0.017225, 0.385917)]
 
-@pytest.mark.parametrize(("steps", "first", "last"), [(5, 0.195875, 0.835031), (10, 0.057764, 0.613452)])
+
+@pytest.mark.parametrize(("steps", "first", "last"), VP)
 def test_vp_by_number(steps: int, first: float, last: float) -> None:
     """ab_T = exp(-0.1 - 0.5 * 9.9) whatever T is."""
     ab = alpha_bars("vp", steps)
