@@ -90,6 +90,18 @@ def test_policy_loss_by_hand(double: None) -> None:
     assert float(agent.policy_loss(m).detach()) == pytest.approx(ratio * 1.75 / 3, abs=1e-12)
 
 
+def test_advantages_are_standardised_before_the_denoising_discount(double: None) -> None:
+    """At ratio 1: adv 1..6 has mean 3.5 and std sqrt(3.5); of two rows the steps count 1/4, 1/2, 1."""
+    agent = dppo(gamma_denoising=0.5, normalize_advantage=True)
+    b = batch_for(agent).map(lambda x: x.double() if x.is_floating_point() else x)
+    rows = agent.prepare_rollout(b)
+    m = links(rows, all_pairs(rows))
+    m = type(m)._make(x[:6] for x in m)._replace(adv=torch.arange(1.0, 7.0))
+    assert m.step.tolist() == [0, 1, 2, 0, 1, 2]
+    discounted = [-2.5 / 4, -1.5 / 2, -0.5, 0.5 / 4, 1.5 / 2, 2.5]
+    assert float(agent.policy_loss(m).detach()) == pytest.approx(-sum(discounted) / 6 / 3.5**0.5, abs=1e-7)
+
+
 def test_log_densities_are_bounded_means_over_dimensions(double: None) -> None:
     agent = dppo(min_std=0.1)
     obs = torch.randn(5, OBS_DIM)

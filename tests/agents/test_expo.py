@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import ACT_DIM, OBS_DIM, batch_for, differing, snapshot, tiny, transitions, xavier_uniform
+from agent_helpers import (
+    ACT_DIM,
+    OBS_DIM,
+    batch_for,
+    differing,
+    recorded_inputs,
+    snapshot,
+    tiny,
+    transitions,
+    xavier_uniform,
+)
 from torch import Tensor, nn
 
+from rlctl import agents
 from rlctl.agents.expo import EXPO, EXPOConfig
-from rlctl.nets import BestOfN, Edited
+from rlctl.nets import BestOfN, Edited, GaussianPolicy, Policy
 from rlctl.ops import adam, minimize
 from rlctl.types import Batch, Spec
 
@@ -25,15 +36,17 @@ def expo(**overrides: Any) -> EXPO:
 
 
 class Near(nn.Module):
-    """Two critics -|a - c|^2, whatever the observation; without parameters."""
+    """Three critics -|a - c_j|^2, c_j = c - 0.1, c - 0.1, c + 0.2, whatever the observation; without parameters.
+
+    Their mean is largest at c, the smallest of them at c + 0.05.
+    """
 
     def __init__(self, *c: float) -> None:
         super().__init__()
         self.c = torch.tensor(c)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        q = -(action - self.c).square().sum(-1)
-        return torch.stack([q, q, q])
+        return torch.stack([-(action - self.c - off).square().sum(-1) for off in (-0.1, -0.1, 0.2)])
 
 
 # --------------------------------------------------------------------------------------------------- on-the-fly policy
@@ -181,6 +194,44 @@ def test_the_edit_policy_starts_xavier_uniform() -> None:
     assert xavier_uniform(expo(hidden=(64, 64)).edit)
 
 
+@pytest.mark.parametrize("edit_of", ["data", "base"])
+def test_the_edit_s_loss_by_its_parts(double: None, edit_of: str) -> None:
+    """alpha log pi minus the mean over critics; edited are the data's actions, or the draws of the base that learns."""
+    agent = expo(edit_of=edit_of, policy_every=1, alpha=0.3, base_lr=1e-2)
+    for seed in range(2):
+        agent.update(batch_for(agent, seed))  # base and slow base, and the critics, part
+    b, g = batch_for(agent, 2), agent.rng["sample"].clone_state()
+    slow = agent.base_slow.sample(b.obs, generator=g.clone_state())
+    start = b.action if edit_of == "data" else agent.base.sample(b.obs, generator=g)
+    assert not torch.allclose(start, slow)
+    action, logp = Edited(agent.base, agent.edit, agent.cfg.beta).edited(b.obs, start, generator=g)
+    loss, ours = agent.edit_loss(b)
+    torch.testing.assert_close(ours, logp)
+    torch.testing.assert_close(loss, (agent.log_alpha.exp() * logp - agent.q(b.obs, action).mean(0)).mean())
+
+
+@pytest.mark.parametrize("edits", [0, 2])
+def test_an_unbounded_base_acts_in_the_box(edits: int) -> None:
+    """Candidates are valued, and stored, as what the environment would make of them."""
+
+    class Wide(EXPO):
+        def make_base(self) -> Policy:  # type: ignore[override]
+            return GaussianPolicy(OBS_DIM, ACT_DIM, (8,), log_std=1.0)
+
+    agent = agents.make(Wide, Spec(OBS_DIM, ACT_DIM), expo(num_edits=edits).cfg)
+    assert isinstance(agent, EXPO)
+    b = batch_for(agent)
+    agent.update(b)
+    assert float(agent.base.sample(b.obs, generator=torch.Generator().manual_seed(0)).detach().abs().max()) > 2
+    valued = recorded_inputs(agent.q_lagged)
+    agent.backup_of(b)
+    for explore in (True, False):
+        agent.act(b.obs, explore)
+    actions = [args[1] for args in valued]
+    assert {len(a.shape) for a in actions} == {2, 3}
+    assert max(float(a.abs().max()) for a in actions) == 1
+
+
 def at_zero(n: int = 64, **changes: Any) -> Batch:
     b = transitions(torch.Generator().manual_seed(0), n)
     return b._replace(obs=torch.zeros_like(b.obs), **changes)
@@ -229,9 +280,11 @@ def test_alpha_rises_below_the_target_entropy_and_falls_above_it(offset: float, 
 MODES = torch.tensor([[0.7, 0.7], [0.7, -0.7], [-0.7, 0.7], [-0.7, -0.7]])
 
 
+@pytest.mark.slow
 @both_bases
 def test_four_modes(base: str) -> None:
-    """The base covers all four modes of its data; the on-the-fly policy is on the rewarded one more than 9 in 10."""
+    """All by `update`: the base covers all four modes of its data, the critics learn which is rewarded, and the
+    on-the-fly policy is there more than 9 times in 10."""
     cfg = EXPOConfig(
         base=base,  # type: ignore[arg-type]
         base_net="mlp",
@@ -239,21 +292,24 @@ def test_four_modes(base: str) -> None:
         base_steps=10,
         base_lr=3e-3,
         base_tau=0.05,
-        hidden=(16,),
+        hidden=(32, 32),
         num_critics=3,
+        critic_lr=2e-3,
+        tau=0.05,
+        policy_every=1,
         num_actions=16,
-        num_edits=16,
+        num_edits=8,
         beta=0.05,
     )
-    torch.manual_seed(0)
-    agent = EXPO(Spec(1, 2, seed=0), cfg)
+    agent = agents.make("expo", Spec(1, 2, seed=0), cfg)
+    assert isinstance(agent, EXPO)
     g = torch.Generator().manual_seed(0)
+    obs, end = torch.zeros(128, 1), torch.ones(128, dtype=torch.bool)
     for _ in range(700):
-        action = MODES[torch.randint(4, (256,), generator=g)] + 0.05 * torch.randn(256, 2, generator=g)
-        b = transitions(g, 256, obs_dim=1)
-        agent.pretrain(b._replace(obs=torch.zeros(256, 1), action=action))
+        mode = torch.randint(4, (128,), generator=g)
+        action = (MODES[mode] + 0.05 * torch.randn(128, 2, generator=g)).clamp(-1, 1)
+        agent.update(Batch(obs, action, (mode == 1).float(), obs, end, ~end))
     obs = torch.zeros(1000, 1)
-    agent.q_lagged = Near(0.7, -0.7)  # type: ignore[assignment]
 
     def shares(a: Tensor) -> Tensor:
         return (a[:, None] - MODES).norm(dim=-1).argmin(-1).bincount(minlength=4) / len(a)

@@ -111,6 +111,8 @@ def test_normalised_values_do_not_depend_on_the_scale_of_rewards(double: None) -
         with_map(agent, mu, torch.zeros(1, 2))
         grads.append(torch.autograd.grad(agent.actor_loss(rows(1), torch.zeros(1, 2))[0], mu)[0])
     torch.testing.assert_close(grads[0], grads[1])
+    # |Q| = |mu - c|^2 / (2 l) is a constant of the step: the gradient is 2 (mu - c) / |mu - c|^2
+    assert grads[0][0].tolist() == pytest.approx([-0.8 / 0.25, -0.6 / 0.25])
 
 
 def test_flow_loss_by_number(double: None) -> None:

@@ -313,11 +313,16 @@ def test_a_stage_begins_with_a_fresh_encoder_under_the_new_decoder() -> None:
     agent.update(batch_for(agent))
     refit(agent, gathered(agent, 200), 20)
     best = snapshot(agent.decoders.best)
+    assert float(agent.reward_scale.moments.count) > 0
+    assert not torch.equal(agent.pi.log_std, first["pi.log_std"])
     agent.begin(1)
     assert differing(agent.decoders.acting.net, best) == []
     assert differing(agent.decoders.norm, snapshot(agent.decoders.next_norm)) == []
     assert bool(agent.decoders.acting.fitted)
     assert float(agent.obs_norm.count) == 0.0
+    assert float(agent.reward_scale.moments.count) == 0.0
+    assert not bool(agent.reward_scale.carry.any())
+    assert torch.equal(agent.pi.log_std, first["pi.log_std"])
     assert not agent.opt.state
     held = {id(p) for g in agent.opt.param_groups for p in g["params"]}
     assert held == {id(p) for net in (agent.pi, agent.v) for p in net.parameters()}
@@ -344,6 +349,18 @@ def test_encoder_and_decoder_see_normalised_observations() -> None:
     torch.testing.assert_close(seen[0][0], agent.obs_norm(obs))
     torch.testing.assert_close(decoded[0][0], agent.decoders.norm(obs))
     assert not torch.allclose(agent.decoders.norm(obs), obs)
+
+
+def test_what_stood_still_in_the_rollouts_does_not_blow_up_in_a_decoder() -> None:
+    agent = gorl(stage_weights=(1.0, 1.0), decoder_updates=20)
+    rows = gathered(agent, 200)
+    rows.ring.rows.obs[:, 0] = 0.0
+    refit(agent, rows, 20)
+    agent.begin(1)
+    obs = torch.tensor([[5.0] + [0.0] * (OBS_DIM - 1)])
+    decoded = recorded_inputs(agent.decoders.acting.net.net)  # type: ignore[arg-type]
+    agent.act(obs, explore=True)
+    assert float(decoded[0][0][0, 0]) == 10.0  # 5000 without the bound
 
 
 @both_decoders

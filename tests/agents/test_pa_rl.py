@@ -15,6 +15,7 @@ from rlctl.agents.pa_rl import BOUND, PARL, Choices, PARLConfig
 from rlctl.nets import EMA, DeterministicPolicy, DiffusionPolicy, MixturePolicy, Policy
 from rlctl.ops import minimize
 from rlctl.ops.diffusion import alpha_bars, reverse_steps
+from rlctl.ops.selection import best_of
 from rlctl.types import Batch, Spec
 
 every_base = pytest.mark.parametrize("base", ["diffusion", "flow", "gaussian"])
@@ -52,6 +53,39 @@ def test_search_by_value_then_by_gradient(base: str) -> None:
     assert bool((agent.value(b.obs, action[:, None]) >= agent.value(b.obs, calm[:, None]) - 1e-4).all())
 
 
+def test_candidates_are_of_the_policy_s_average() -> None:
+    agent = pa_rl(num_candidates=4, num_kept=4, search_steps=0, ema_start=0, distill_offline=True, distill_lr=1e-2)
+    for seed in range(2):
+        agent.update(batch_for(agent, seed))
+    obs = rows(9).obs
+    found = agent.optimized(obs, generator=torch.Generator().manual_seed(1)).actions
+    for policy, same in ((agent.base.slow, True), (agent.base.policy, False)):
+        draws = policy.sample(obs, 4, generator=torch.Generator().manual_seed(1)).clamp(-BOUND, BOUND)
+        assert torch.equal(found.sort(1).values, draws.sort(1).values) == same
+
+
+def test_the_optimised_action_of_the_conservative_term_is_never_the_data_s() -> None:
+    """Not even where that is the best of all."""
+    agent, twin = (pa_rl(search_steps=0, distill_offline=True) for _ in range(2))
+    b = batch_for(agent)
+    b = b._replace(action=torch.full_like(b.action, 0.9))
+    for a in (agent, twin):
+        a.value = lambda obs, action: -(action - 0.9).square().sum(-1)  # type: ignore[method-assign]
+    gap, seen = agent.gap, []
+
+    def recorded(b: Batch, q: Tensor, next_action: Tensor, action: Tensor) -> Tensor:
+        seen.append(action)
+        return gap(b, q, next_action, action)
+
+    agent.gap = recorded  # type: ignore[method-assign, assignment]
+    agent.update(b)
+    ours, rng, m = twin.seen(b), twin.rng["sample"], twin.cfg.num_kept
+    twin.optimized(ours.next_obs, generator=rng)
+    found = twin.optimized(ours.obs, ours.action, generator=rng)
+    assert bool((found.values[:, m] > found.values[:, :m].amax(-1)).all())
+    assert torch.equal(seen[0], best_of(found.actions[:, :m], found.values[:, :m]))
+
+
 def test_the_lagged_critics_choose_nothing() -> None:
     agent, b = pa_rl(), rows(9)
     with agent.borrowed_rng(0):
@@ -77,6 +111,20 @@ def test_what_is_imitated_by_number() -> None:
     total = math.e**2 + 1 + math.e**-2
     assert shares.tolist() == pytest.approx([math.e**2 / total, 1 / total, math.e**-2 / total, 0], abs=1e-3)
     assert set(pa_rl(num_kept=3, distill_argmax=True).to_imitate(found)[:, 0].tolist()) == {0.0}
+
+
+def test_choice_by_value_reaches_the_regularised_optimum(double: None) -> None:
+    """Of many draws of N(m, s^2), with Q = -(a - c)^2 / (2 l): mean (m / s^2 + c / (tau l)) / p, variance 1 / p, with
+    p = 1 / s^2 + 1 / (tau l): what a policy that imitates the choices converges to."""
+    m, s, c, l, tau = -0.3, 0.5, 0.4, 0.2, 0.7  # noqa: E741
+    g = torch.Generator().manual_seed(0)
+    actions = m + s * torch.randn(10_000, 400, 1, generator=g)
+    values = -(actions - c).square().sum(-1) / (2 * l)
+    agent = pa_rl(num_candidates=400, num_kept=400, data_candidate=False, temperature=tau)
+    chosen = agent.to_imitate(Choices(actions, values), torch.rand(10_000, generator=g))
+    precision = 1 / s**2 + 1 / (tau * l)
+    assert float(chosen.mean()) == pytest.approx((m / s**2 + c / (tau * l)) / precision, abs=0.012)
+    assert float(chosen.var()) == pytest.approx(1 / precision, rel=0.06)
 
 
 @pytest.mark.parametrize(
