@@ -66,14 +66,15 @@ def main() -> None:
         action_space=d3rlpy.ActionSpace.CONTINUOUS,
     )
     learner = config(algo, updates).create(device="cpu:0")
-    steps = learner.fitter(
-        dataset,
-        n_steps=10**9,
-        n_steps_per_epoch=EVERY,
-        logging_strategy=LoggingStrategy.EPOCH,
-        logger_adapter=NoopAdapterFactory(),
-        show_progress=False,
-    )
+    quiet: dict[str, Any] = {
+        "n_steps_per_epoch": EVERY,
+        "logging_strategy": LoggingStrategy.EPOCH,
+        "logger_adapter": NoopAdapterFactory(),
+        "show_progress": False,
+    }
+    if algo == "prdc":  # it indexes its rows in `fit` alone
+        learner.fit(dataset, n_steps=EVERY, **quiet)
+    steps = learner.fitter(dataset, n_steps=10**9, **quiet)
     for line in sys.stdin:
         command, *rest = line.split()
         answer: dict[str, Any] = {}
