@@ -176,6 +176,7 @@ def report() -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
     offline_table([r for r in everything if is_offline(r)])
@@ -203,11 +204,14 @@ def report() -> None:
             for k, s in enumerate(r["seeds"].values()):
                 xs, ys = zip(*s["curve"], strict=True)
                 name = r.get("column", r["algo"]) + (" with data" if r["data"] and not is_offline(r) else "")
-                label = f"{name} ({len(r['seeds'])} seeds)" if k == 0 else None
+                seeds = len(r["seeds"])
+                label = f"{name} ({seeds} seed{'s' * (seeds > 1)})" if k == 0 else None
                 ax.plot(xs, ys, color=f"C{i}", lw=1, alpha=0.8, label=label)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("gradient steps" if "updates" in title else "environment steps")
         ax.set_ylabel("evaluation return")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8)
     fig.savefig(FOLDER / "curves.png", dpi=90)
