@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 OBS_DIM, ACT_DIM = 3, 2
 
@@ -24,3 +26,15 @@ def episode(number: int, steps: int, end: str = "truncated") -> Episode:
         "terminations": np.arange(steps) == (steps - 1 if end == "terminated" else -1),
         "truncations": np.arange(steps) == (steps - 1 if end == "truncated" else -1),
     }
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """As if `package` were not installed."""
+    real = builtins.__import__
+
+    def fake(name: str, *args: Any, **kw: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", fake)

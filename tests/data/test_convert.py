@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from dataset_files import Write, episode
+from dataset_files import Write, episode, hide
 
 from rlctl.data.arrays import DatasetError
 from rlctl.data.convert import convert
@@ -61,14 +59,7 @@ def test_a_mark_that_cannot_be_read(write_d4rl: Write, tmp_path: Path) -> None:
 
 def test_writing_hdf5_without_h5py(write_d4rl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npz = convert(str(write_d4rl("own.hdf5", EPISODES)), out=tmp_path / "own.npz")
-    real = builtins.__import__
-
-    def fake(name: str, *args: Any, **kw: Any) -> Any:
-        if name.split(".")[0] == "h5py":
-            raise ImportError(name)
-        return real(name, *args, **kw)
-
-    monkeypatch.setattr(builtins, "__import__", fake)
+    hide(monkeypatch, "h5py")
     with pytest.raises(DatasetError, match=r"writing a dataset needs the package h5py: pip install 'minari\[hdf5\]'"):
         convert(str(npz), out=tmp_path / "b.hdf5")
     assert not (tmp_path / "b.hdf5").exists()

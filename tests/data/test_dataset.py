@@ -1,4 +1,3 @@
-import builtins
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,7 +9,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from dataset_files import Write, episode
+from dataset_files import Write, episode, hide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -215,14 +214,7 @@ def test_spaces_that_are_not_vectors(
 
 def test_no_h5py(write_d4rl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_d4rl("x.hdf5", [episode(0, 4)])
-    real = builtins.__import__
-
-    def fake(name: str, *args: Any, **kw: Any) -> Any:
-        if name.split(".")[0] == "h5py":
-            raise ImportError(name)
-        return real(name, *args, **kw)
-
-    monkeypatch.setattr(builtins, "__import__", fake)
+    hide(monkeypatch, "h5py")
     fails(path, r"h5py: pip install 'minari\[hdf5\]'")
 
 
