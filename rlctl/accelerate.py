@@ -36,6 +36,7 @@ from rlctl.host_numbers import Counters, Expression, HostNumber, Recording, foll
 from rlctl.host_reads import host_read
 from rlctl.types import Agent, Batch
 from rlctl_envs import cuda_graphs
+from rlctl_envs.engines import available_cores
 
 Graphs: TypeAlias = Literal["auto", "require", "never", "tape"]
 """auto: CUDA graphs where the agent is on a CUDA device. require: the same, and an error elsewhere. never: none.
@@ -410,6 +411,7 @@ def accelerate(
     compile: bool = False,
     trace: bool = True,
     precision: Precision = "float32",
+    cores: int | None = None,
     say: Callable[[str], None] = _log.warning,
 ) -> Report:
     """Make `agent.update` and `agent.act` run from CUDA graphs where that is possible; changes this object alone.
@@ -424,6 +426,7 @@ def accelerate(
         precision: float32: matrix products in full. tf32: on CUDA with 10 bits of mantissa in their factors. bf16:
             losses and their gradients under autocast to bfloat16; parameters, optimisers, actions and normalisers stay
             float32. The first two set torch's switch for the whole process.
+        cores: processor cores that a recorded loss may use (see `rlctl.traced.TracedLoss`); all there are by default.
         say: is told when a method turns out not to be capturable.
 
     Raises ValueError when graphs="require" cannot be had: here where that is plain, at the first update otherwise.
@@ -440,7 +443,7 @@ def accelerate(
         why = ""
     compiled = _compile_losses(agent) if compile else ()
     if trace and not compile and precision != "bf16" and device.type == "cpu" and graphs != "tape":
-        _trace_loss(agent)
+        _trace_loss(agent, available_cores() if cores is None else cores)
     if why and graphs == "require":
         raise ValueError(f"graphs=require: {type(agent).__name__} cannot be captured: {why}.")
     if why:
@@ -519,13 +522,13 @@ def _compile_losses(agent: Agent) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _trace_loss(agent: Agent) -> None:
+def _trace_loss(agent: Agent, cores: int) -> None:
     """Put a recording in the place of the agent's `loss`, if it has one."""
     loss: Any = getattr(agent, "loss", None)
     if callable(getattr(type(agent), "loss", None)):  # a method: a module that is called so stays one
         from rlctl.traced import TracedLoss  # which loads what only recording needs
 
-        agent.loss = TracedLoss(agent, loss, _log.info)  # type: ignore[assignment]
+        agent.loss = TracedLoss(agent, loss, _log.info, cores)  # type: ignore[assignment]
 
 
 def _precision(

@@ -474,6 +474,7 @@ def _carry_out(
             compile=chosen.compile,
             trace=chosen.trace,
             precision=chosen.precision,
+            cores=chosen.threads or max(available_cores() // parallel.world_size(), 1),
             say=display.say,
         )
         _announce(display, settings, mine or Path("-"), device, why, found, agent, report)

@@ -2,8 +2,9 @@
 
 With small networks and minibatches most of a gradient step is spent around its operations. So the operations of the
 loss and of its backward pass are recorded once, as one flat program that TorchScript's interpreter runs: the same
-kernels on the same numbers, so the same bits. The first calls hold each recording to the plain loss, bit for bit; a
-loss that cannot be recorded, or does not come out the same, runs as before, and `reason` says why.
+kernels on the same numbers, so the same bits (`rlctl.traced_graph` shortens it before). The first calls hold each
+recording to the plain loss, bit for bit; a loss that cannot be recorded, or does not come out the same, runs as before,
+and `reason` says why.
 
 The recording knows the shapes of its arguments, and holds everything else for constant but the parameters and buffers
 of the agent, whose memory it reads, and plain numbers that are its attributes, which are looked at in each call. So a
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rlctl.host_reads import host_read
+from rlctl.traced_graph import side_by_side, simplify
 from rlctl.types import Agent
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -33,6 +35,9 @@ Program: TypeAlias = Callable[..., Sequence[Tensor]]
 CHECKS = 3
 """Calls for which a recording is held to the plain loss before it stands in for it. TorchScript optimises in the second
 and is settled from the third on."""
+WORTH_SPLITTING = 1_500_000
+"""Rows times parameters from which on a second thread saves more than it takes to wake: 18 % of a minibatch of 256 for
+two networks of 64-64 (2.5 million), nothing of one of 64."""
 SHAPES = 8
 """Recordings of one loss, by shapes of arguments and settings; what asks for more is no place for recordings."""
 
@@ -61,10 +66,12 @@ class TracedLoss:
         loss: its method. It returns tensors in any nesting of tuples and dicts, one of them a scalar that requires a
             gradient.
         say: is told once if the loss cannot be recorded.
+        cores: processor cores that it may use. With two or more, where torch itself keeps to one thread and the batch
+            is large enough, parts of the loss that share no operation (actor and critic) run at the same time.
     """
 
-    def __init__(self, agent: Agent, loss: Callable[..., Any], say: Callable[[str], None]) -> None:
-        self._agent, self._loss, self._say = agent, loss, say
+    def __init__(self, agent: Agent, loss: Callable[..., Any], say: Callable[[str], None], cores: int = 1) -> None:
+        self._agent, self._loss, self._say, self._cores = agent, loss, say, cores
         self._recordings: dict[Any, _Recording] = {}
         self.reason = ""
         """Why it has given up, if it has."""
@@ -122,9 +129,11 @@ class TracedLoss:
                 with _Refuse():  # type: ignore[no-untyped-call]
                     loss_and_gradients(*flat)
                 traced = make_fx(loss_and_gradients)(*flat)
-                _simplify(traced.graph)
-                traced.recompile()
-                program = torch.jit.trace(traced, tuple(flat), check_trace=False)  # type: ignore[no-untyped-call]
+                simplify(traced)
+                work = max(x.shape[0] if x.dim() else 1 for x in flat) * sum(p.numel() for p in params)
+                two = self._cores > 1 and torch.get_num_threads() == 1 and work >= WORTH_SPLITTING
+                whole = side_by_side(traced, sum(found["used"])) if two else traced
+                program = torch.jit.trace(whole, tuple(flat), check_trace=False)  # type: ignore[no-untyped-call]
         except CannotTrace:
             raise
         except Exception as e:
@@ -185,20 +194,6 @@ class _Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if why := host_read(func, args, kwargs):
             raise CannotTrace(f"{why} ({func})")
         return func(*args, **(kwargs or {}))
-
-
-def _simplify(graph: torch.fx.Graph) -> None:
-    """Take out operations that give their argument back, of which a backward pass has many; values stay as they are."""
-    aten = torch.ops.aten
-    for node in list(graph.nodes):
-        same = None
-        if node.target is aten.detach.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == 1):
-            same = node.args[0]
-        elif node.target is aten.t.default and node.args[0].target is aten.t.default:
-            same = node.args[0].args[0]
-        if same is not None:
-            node.replace_all_uses_with(same)
-    graph.eliminate_dead_code()
 
 
 class _Unread(dict[str, int]):

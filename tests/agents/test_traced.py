@@ -218,3 +218,69 @@ def test_other_arguments_are_left_to_the_loss() -> None:
     batch: Batch = batch_for(agent)
     assert torch.equal(agent.loss(batch), batch.obs.sum())  # type: ignore[operator]
     assert "neither a tensor nor a tuple" in seen[0]
+
+
+# ------------------------------------------------------------------------------------------------------ two at a time
+def side_by_side_of(agent: Any, monkeypatch: pytest.MonkeyPatch) -> TracedLoss:
+    """The agent's loss, recorded for two cores whatever its size."""
+    monkeypatch.setattr("rlctl.traced.WORTH_SPLITTING", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    agent.loss = TracedLoss(agent, agent.loss, pytest.fail, cores=2)
+    agent.update(batch_for(agent))
+    torch.set_num_threads(threads)
+    return agent.loss  # type: ignore[no-any-return]
+
+
+def forks(loss: TracedLoss) -> list[bool]:
+    return ["prim::fork" in str(r.program.graph) for r in loss._recordings.values()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["ppo", "spo"])
+def test_actor_and_critic_at_the_same_time_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, agent = tiny(name), tiny(name)
+    loss = side_by_side_of(agent, monkeypatch)
+    assert forks(loss) == [True]
+    plain.update(batch_for(plain))
+    for k in range(6):
+        batch = batch_for(plain, k)
+        expected, got = plain.update(batch), agent.update(batch)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), k
+        assert differing(plain, snapshot(agent)) == [], k
+    assert loss.replays > 1
+
+
+def test_networks_that_share_layers_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(PPO):
+        def loss(self, m: Any) -> Any:
+            loss, metrics = super().loss(m)
+            return loss + 1e-3 * (self.pi(m.obs).mode.mean(-1) * self.v(m.obs)).mean(), metrics
+
+    assert forks(side_by_side_of(Shared(tiny("ppo").spec, tiny("ppo").cfg), monkeypatch)) == [False]
+
+
+def test_small_minibatches_are_not_split() -> None:
+    agent = tiny("ppo")
+    agent.loss = TracedLoss(agent, agent.loss, pytest.fail, cores=2)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    agent.loss(rows)
+    assert forks(agent.loss) == [False]
+
+
+def test_constants_are_computed_once() -> None:
+    """The seed of the backward pass and what it alone is turned into; nothing that a parameter or an input touches."""
+    agent = tiny("ppo")
+    loss, _ = traced(agent)
+    rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
+    loss(rows)  # held to the plain loss, like the next two
+    text = str(next(iter(loss._recordings.values())).program.graph)  # type: ignore[attr-defined]
+    assert "aten::ones_like" not in text
+    assert "_folded" in text
+    with torch.no_grad():
+        agent.pi.log_std.add_(0.3)  # type: ignore[union-attr, operator]
+        agent.v.net[0].weight.mul_(1.2)  # type: ignore[union-attr, index, operator]
+    expected = PPO.loss(agent, rows)  # type: ignore[arg-type]
+    for _ in range(CHECKS):
+        got = loss(rows)
+    assert loss.replays == 1
+    assert torch.equal(got[0], expected[0])
