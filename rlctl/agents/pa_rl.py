@@ -43,7 +43,7 @@ from rlctl.nets import (
 )
 from rlctl.ops import adam, frozen_copy, minimize, polyak
 from rlctl.ops.diffusion import Schedule, Variance
-from rlctl.ops.ensemble import check, subset_min
+from rlctl.ops.ensemble import check, random_subset
 from rlctl.ops.offline import conservative_gap
 from rlctl.ops.selection import best_of, climbed, drawn, top
 from rlctl.train import OfflineRLConfig
@@ -241,7 +241,8 @@ class PARL(OfflineLearner):
         `q` [E, B] are the critics at the data's actions, a' `next_action` [B, A] is optimised, S a random few critics.
         """
         with torch.no_grad():
-            v_next = subset_min(self.q_lagged(b.next_obs, next_action), self.cfg.backup_critics, self.rng["sample"])
+            few = random_subset(self.cfg.num_critics, self.cfg.backup_critics, b.obs.device, self.rng["sample"])
+            v_next = self.q_lagged(b.next_obs, next_action, few).amin(0)
             backup = b.reward + self.cfg.gamma * v_next * ~b.terminated
         return (q - backup).square().mean(-1).sum()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlctl.agents.sac import SAC, SACConfig
 from rlctl.nets import QEnsemble
 from rlctl.ops import minimize, polyak
-from rlctl.ops.ensemble import check, subset_min
+from rlctl.ops.ensemble import check, random_subset
 from rlctl.types import Batch, Count, Fraction, Metrics, Positive, Source, Spec
 
 
@@ -75,7 +75,8 @@ class RLPD(SAC):
         c, g = self.cfg, self.rng["sample"]
         with torch.no_grad():
             next_action, logp = self.pi(b.next_obs).sample_log_prob(generator=g)
-            v = subset_min(self.q_lagged(b.next_obs, next_action), c.backup_critics, g)
+            few = random_subset(c.num_critics, c.backup_critics, b.obs.device, g)
+            v = self.q_lagged(b.next_obs, next_action, few).amin(0)
             if c.entropy_backup:
                 v = v - self.log_alpha.exp() * logp
             backup = b.reward + c.gamma * v * ~b.terminated

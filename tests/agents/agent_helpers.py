@@ -60,7 +60,7 @@ def xavier_uniform(module: nn.Module) -> bool:
 
 
 class Table(nn.Module):
-    """Returns one given tensor, whatever comes in; remembers its inputs."""
+    """Returns one given tensor, whatever comes in; remembers its inputs. A third picks members, as of a QEnsemble."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -69,7 +69,8 @@ class Table(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         self.seen.append(args)
-        return self.out
+        members = args[2] if len(args) > 2 else None
+        return self.out if members is None else self.out[members]
 
 
 def silence(agent: Any, losses: Iterable[str]) -> None:
