@@ -96,6 +96,8 @@ class Pair(NamedTuple):
     """Both were measured under one protocol."""
     unequal: str = ""
     """What they do not share though a fair comparison would: budgets, physics."""
+    by_task: tuple[float, ...] = ()
+    """Difference of the mean returns on each of `tasks`, a less b."""
 
     @property
     def verdict(self) -> str:
@@ -339,12 +341,11 @@ def _carried(runs: Sequence[RunRecord]) -> tuple[list[tuple[Floats, Floats]], in
     return out, sum(r.status == "diverged" for r in usable)
 
 
-def _on_grid(members: Sequence[tuple[Floats, Floats]], limit: float | None = None) -> tuple[Floats, Floats]:
+def _on_grid(members: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
     """Steps [P] that all members span, and each member's value at them [members, P], linear between evaluations."""
     start, end = max(m[0][0] for m in members), min(m[0][-1] for m in members)
-    end = end if limit is None else min(end, limit)
     same = all(np.array_equal(m[0], members[0][0]) for m in members)
-    x = members[0][0] if same and len(members[0][0]) <= CURVE_POINTS and limit is None else None
+    x = members[0][0] if same and len(members[0][0]) <= CURVE_POINTS else None
     if x is None:
         x = np.linspace(min(start, end), end, CURVE_POINTS if end > start else 1)
     return x, np.array([np.interp(x, *m) for m in members])
@@ -420,7 +421,7 @@ def _matrix(family: Family, column: str) -> Floats:
 
 
 def _efficiency(family: Family, grid: Grid, columns: Sequence[str], rng: np.random.Generator) -> list[Band]:
-    """IQM over tasks along training, up to the smallest budget of all; columns without curves are left out.
+    """IQM over tasks along training, each column as far as all its runs go; columns without curves are left out.
 
     Diverged seeds are in it as in the learning curves.
     """
@@ -436,11 +437,11 @@ def _efficiency(family: Family, grid: Grid, columns: Sequence[str], rng: np.rand
             without[c] = sum(len(grid.cells[c, t]) for t in tasks) - sum(len(cell) for cell in curves[c])
     if not curves or len({t.unit for t in tasks}) > 1:
         return []
-    end = min(float(m[0][-1]) for cells in curves.values() for cell in cells for m in cell)
     bands = []
     for c, cells in curves.items():
         n = min(len(cell) for cell in cells)
         start = max(float(m[0][0]) for cell in cells for m in cell)
+        end = min(float(m[0][-1]) for cell in cells for m in cell)
         if start >= end:
             continue
         x = np.linspace(start, end, CURVE_POINTS)
@@ -465,12 +466,12 @@ def _pairs(family: Family, grid: Grid, rng: np.random.Generator) -> list[Pair]:
             continue
         left, right = ([family.cells[c, t].raw for t in tasks] for c in (a, b))
         comparable = _protocols(grid, a, tasks) == _protocols(grid, b, tasks)
-        found.append((a, b, tasks, *compare(left, right, rng), comparable, _unequal(grid, a, b, tasks)))
-    adjusted = stats.holm([p for *_, p, _, _, _ in found])
-    return [
-        Pair(a, b, tasks, probability, p, difference, ok, unequal)
-        for (a, b, tasks, probability, _, difference, ok, unequal), p in zip(found, adjusted, strict=True)
-    ]
+        probability, p, difference = compare(left, right, rng)
+        by_task = tuple(float(x.mean() - y.mean()) for x, y in zip(left, right, strict=True))
+        unequal = _unequal(grid, a, b, tasks)
+        found.append(Pair(a, b, tasks, probability, p, difference, comparable, unequal, by_task))
+    adjusted = stats.holm([pair.p for pair in found])
+    return [pair._replace(p=p) for pair, p in zip(found, adjusted, strict=True)]
 
 
 def compare(x: Sequence[Floats], y: Sequence[Floats], rng: np.random.Generator) -> tuple[Interval, float, float]:
@@ -603,27 +604,40 @@ def _wins(won: Sequence[Pair]) -> list[str]:
     """A sentence per separated pair, or per winner where there are many."""
     if len(won) <= MOST_SENTENCES:
         ordered = sorted(won, key=lambda p: -p.probability.value)
-        return [f"{p.a} scores higher than {p.b} on {_names(p.tasks)}: {pair_evidence(p)}." for p in ordered]
+        return [f"{p.a} scores higher than {p.b} {_where(p.tasks)}: {pair_evidence(p)}.{_except(p)}" for p in ordered]
     by_winner: dict[str, list[Pair]] = defaultdict(list)
     for p in won:
         by_winner[p.a].append(p)
     out = []
     for a, pairs in sorted(by_winner.items(), key=lambda x: -len(x[1])):
         on = {tuple(p.tasks) for p in pairs}
-        where = f"on {_names(pairs[0].tasks)}" if len(on) == 1 else "on the tasks they share"
+        where = _where(pairs[0].tasks) if len(on) == 1 else "over the tasks they share, taken together"
         low, largest = min(x.probability.low for x in pairs), max(x.p for x in pairs)
         names = ", ".join(x.b for x in pairs)
         every = "every lower bound" if len(pairs) > 1 else "lower bound"
         out.append(
             f"{a} scores higher than {names} {where} ({every} of the probability of improvement ≥ {low:.2f}, "
-            f"Holm-corrected p ≤ {p_value(largest)})."
+            f"Holm-corrected p ≤ {p_value(largest)}).{''.join(_except(x, named=True) for x in pairs)}"
         )
     return out
 
 
+def _where(tasks: Sequence[Task]) -> str:
+    """One test was made over all tasks, so nothing is said of each."""
+    return f"on {tasks[0].name}" if len(tasks) == 1 else f"over {_names(tasks)} taken together"
+
+
+def _except(p: Pair, named: bool = False) -> str:
+    """The tasks on which the winner has the lower mean, as a sentence."""
+    lower = [t for t, x in zip(p.tasks, p.by_task, strict=True) if x < 0]
+    than = f" than that of {p.b}" if named else ""
+    return f" Its mean return is the lower one{than} on {', '.join(t.name for t in lower)}." if lower else ""
+
+
 def _turned(p: Pair) -> Pair:
     value, low, high = p.probability
-    return p._replace(a=p.b, b=p.a, probability=Interval(1 - value, 1 - high, 1 - low), difference=-p.difference)
+    turned = p._replace(a=p.b, b=p.a, probability=Interval(1 - value, 1 - high, 1 - low))
+    return turned._replace(difference=-p.difference, by_task=tuple(-x for x in p.by_task))
 
 
 def pair_evidence(p: Pair) -> str:

@@ -82,7 +82,7 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
     absent = [c for c in f.aggregates if c not in {b.column for b in f.efficiency}]
     note = ""
     if f.efficiency:
-        note = "The left curve ends at the smallest budget of all its columns and tasks."
+        note = "A curve on the left goes as far as all runs of its column on all these tasks."
     if absent:
         note += f" Without a curve: {', '.join(absent)}."
     if told := _carried(f.efficiency):

@@ -504,6 +504,28 @@ def test_winning_most_draws_is_not_better_where_the_mean_says_otherwise() -> Non
     assert analysis.separated(probability, p, difference) == 0
 
 
+def test_a_claim_over_several_tasks_is_none_about_each(tmp_path: Path) -> None:
+    """One side wins on three tasks and loses on the fourth: together it is better, and the sentence says where not."""
+    g = np.random.default_rng(0)
+    file, rows = tmp_path / "scores.csv", []
+    for k, task in enumerate(("T1", "T2", "T3", "T4")):
+        for algo in ("low", "high"):
+            level = 10.0 if (algo == "high") == (k < 3) else 0.0
+            rows += [f"{algo},{task},{seed},1000,{level + g.normal()}" for seed in range(10)]
+    file.write_text("algo,task,seed,step,return\n" + "\n".join(rows) + "\n")
+    (claim,) = analysis.analyze(grid.build(runs.load([file])), replicates=200).claims
+    assert claim.startswith("high (CSV) scores higher than low (CSV) over T1, T2, T3, T4 taken together: probability")
+    assert claim.endswith("Its mean return is the lower one on T4.")
+
+
+def test_a_shorter_budget_cuts_no_other_columns_curve(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run("ppo", "Hopper-v5", seed, 1000.0 + seed)
+        write_run("sac", "Hopper-v5", seed, 1000.0 + seed, steps=100_000)
+    (f,) = analyzed(tmp_path).families
+    assert {b.column: b.x[-1] for b in f.efficiency} == {"ppo": 1_000_000, "sac": 100_000}
+
+
 def test_unequal_budgets_forbid_a_claim(write_run: Write, tmp_path: Path) -> None:
     for seed in range(5):
         write_run("ppo", "Hopper-v5", seed, 1000.0 + seed, steps=200_000)
