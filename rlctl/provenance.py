@@ -85,11 +85,16 @@ def _cpuinfo(key: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
-def provenance() -> dict[str, Any]:
-    """All of the above and the command line."""
+def command() -> list[str]:
+    """The command line of this process."""
     name = Path(sys.argv[0]).name  # __main__.py: started as `python -m rlctl`
+    return ["rlctl" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def provenance() -> dict[str, Any]:
+    """All of the above."""
     return {
-        "command": ["rlctl" if name == "__main__.py" else name, *sys.argv[1:]],
+        "command": command(),
         "git": git(),
         "versions": versions(),
         "machine": machine(),

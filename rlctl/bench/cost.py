@@ -93,12 +93,12 @@ class Estimate:
         """For the person."""
         out = [f"to do: {self.cells} runs, {self.steps:,} steps"]
         if self.cells and self.seconds:
-            hours = self.seconds / 3600
             notes = ["partly from runs with other settings or on other tasks"] if self.loose else []
             notes += ["evaluations not counted everywhere"] if self.probed else []
             about = f" ({'; '.join(notes)})" if notes else ""
             out.append(
-                f"at measured speed{about}: {hours:.2f} h of computing, {hours / slots:.2f} h with {slots} at a time"
+                f"at measured speed{about}: {_hours(self.seconds)} of computing, {_hours(self.seconds / slots)} "
+                f"with {slots} at a time"
             )
         if self.unknown:
             more = f" and {len(self.unknown) - LISTED} more" if len(self.unknown) > LISTED else ""
@@ -107,6 +107,10 @@ class Estimate:
                 "--dry-run --probe measures a few seconds of each"
             )
         return out
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(seconds, 1) / 60:.1f} min"
 
 
 def estimate(cells: list[Cell], speeds: Speeds) -> Estimate:

@@ -20,6 +20,12 @@ STALL = 30 * 60.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+def _command() -> list[str]:
+    from rlctl.provenance import command  # not at the top: a worker, which has no use for it, shall guard itself first
+
+    return command()
+
+
 @dataclass(frozen=True)
 class Job:
     """What a worker needs to know; plain values, so that it travels."""
@@ -36,6 +42,8 @@ class Job:
     """Seconds without a new metric row, evaluation or checkpoint after which it is taken to hang; 0: never."""
     note: dict[str, Any] = field(default_factory=dict)
     """Goes into run.json."""
+    command: list[str] = field(default_factory=_command)
+    """That asked for it: what run.json names, since nobody types that of a worker."""
     cwd: str = field(default_factory=os.getcwd)
     """Where `package.module:Class` of a user is found."""
 

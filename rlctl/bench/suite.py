@@ -37,7 +37,7 @@ import yaml
 import rlctl_envs
 from rlctl import agents, experiment
 from rlctl.bench.process import STALL
-from rlctl.config import as_plain, build, fingerprint, merge, number, unknown_key
+from rlctl.config import as_plain, build, fingerprint, merge, number, numbers, unknown_key
 from rlctl.data.arrays import DatasetError
 from rlctl.errors import UsageError
 from rlctl.experiment import Settings
@@ -228,7 +228,7 @@ def load(name: str, *, seeds: list[int] | None = None) -> Plan:
             f"{path} does not hold a mapping: a suite has {', '.join(f.name for f in dataclasses.fields(File))}"
         )
     try:
-        return _plan(path, build(File, raw, "a suite"), seeds)
+        return _plan(path, build(File, _lengths(raw), "a suite"), seeds)
     except ValueError as e:  # an unknown task is one, and not always ours
         raise UsageError(f"suite {path.name}: {e}") from e
 
@@ -260,6 +260,18 @@ def _plan(path: Path, file: File, seeds: list[int] | None) -> Plan:
     return Plan(file.name or path.stem, file.description, path, cells, file.threads, stall, _missing(sources))
 
 
+def _lengths(part: Mapping[str, Any]) -> dict[str, Any]:
+    """With steps and episodes as numbers where they are written 1e6, which YAML 1.1 reads as a string."""
+    return {
+        k: number(v)
+        if k == "steps"
+        else numbers(v)
+        if k in ("budgets", "evaluation") and isinstance(v, Mapping)
+        else v
+        for k, v in part.items()
+    }
+
+
 def _unique(what: str, names: list[str], some: str) -> None:
     if not names:
         raise UsageError(f"there is no {what}: a suite names {some}")
@@ -268,7 +280,7 @@ def _unique(what: str, names: list[str], some: str) -> None:
 
 
 def _source(item: str | dict[str, Any], key: str, where: str) -> Source:
-    source = build(Source, {key: item} if isinstance(item, str) else item, where)
+    source = build(Source, {key: item} if isinstance(item, str) else _lengths(item), where)
     if getattr(source, key) is None:
         raise UsageError(f"{where} has no `{key}`")
     if key == "env" and source.data is not None:
@@ -280,7 +292,7 @@ def _source(item: str | dict[str, Any], key: str, where: str) -> Source:
 
 
 def _algorithm(item: str | dict[str, Any], where: str, sources: list[Source]) -> Algorithm:
-    a = build(Algorithm, {"algo": item} if isinstance(item, str) else item, where)
+    a = build(Algorithm, {"algo": item} if isinstance(item, str) else _lengths(item), where)
     agents.get(a.algo)
     name = a.name or a.algo
     only = [_named(n, sources, f"{name}: only") for n in a.only]

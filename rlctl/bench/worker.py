@@ -33,6 +33,7 @@ PATIENCE = 60.0
 def main() -> None:
     """Read the job, carry it out, exit."""
     job = json.loads(_line())
+    sys.argv = job["command"]  # provenance is that of whoever asked
     guard = Guard(Path(job["folder"]), job["stall"])
     threading.Thread(target=_end_with_the_driver, args=(guard,), daemon=True).start()
     threading.Thread(target=guard.watch, daemon=True).start()

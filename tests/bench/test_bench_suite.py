@@ -22,7 +22,7 @@ def test_every_layer_has_its_place(tmp_path: Path) -> None:
     p = plan(
         tmp_path,
         seeds=[4, 9],
-        budgets={"on_policy": 1000, "off_policy": 500},
+        budgets={"on_policy": "1e3", "off_policy": 500},  # the string that YAML 1.1 reads
         evaluation={"evaluations": 7, "episodes": 3, "final_episodes": 11, "stochastic": True},
         set={"gamma": 0.9, "run.keep": 5},
         tasks=["hopper", {"env": "probe:both", "name": "both", "budgets": {"on_policy": 64}, "set": {"gamma": 0.8}}],

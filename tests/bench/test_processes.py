@@ -17,7 +17,7 @@ import psutil
 import pytest
 from bench_helpers import TINY_PPO, InProcess, drive, history, plan, results, write
 
-from rlctl import experiment
+from rlctl import experiment, provenance
 from rlctl.bench import executors, process, worker
 from rlctl.bench.executors import Executor
 from rlctl.bench.executors.local import share_out, visible_gpus
@@ -78,6 +78,8 @@ def test_a_process_computes_the_same_bits(tmp_path: Path) -> None:
     local = executors.make("local", slots=1, threads=1)
     assert drive(p, tmp_path / "local", local).done == 1
     assert [results(tmp_path / "local" / c.id) for c in p.cells] == whole(p, tmp_path / "here")
+    (session,) = experiment.read_json(tmp_path / "local" / p.cells[0].id / "run.json")["sessions"]
+    assert session["command"] == provenance.command()  # of whoever started the grid, not of the worker
 
 
 @pytest.mark.slow
