@@ -171,6 +171,6 @@ def _warnings(sides: list[Grid], tasks: list[Task]) -> list[str]:
     for letter, side in zip("AB", sides, strict=True):
         # the table says itself how many seeds there are
         out += [f"{letter}: {w}" for w in side.warnings if not w.startswith("Fewer than")]
-    for t in tasks:
-        out += grid.across(t, {letter: _runs(side, t) for letter, side in zip("AB", sides, strict=True)}, False)
+    by_task = {t: {letter: _runs(side, t) for letter, side in zip("AB", sides, strict=True)} for t in tasks}
+    out += grid.across(by_task, alone=False)
     return list(dict.fromkeys(out))

@@ -211,8 +211,8 @@ def _warnings(
     for c in columns:
         mine = {t: cells[c.name, t] for t in tasks if cells.get((c.name, t))}
         out += _mixtures(c, mine)
-    for task in tasks:
-        out += across(task, {c.name: cells[c.name, task] for c in columns if cells.get((c.name, task))})
+    by_task = {t: {c.name: runs for c in columns if (runs := cells.get((c.name, t)))} for t in tasks}
+    out += across(by_task)
     if imported := [c.name for c in columns if c.origin != "rlctl"]:
         out.append(
             f"Imported, under protocols of their own: {', '.join(imported)}. Shown beside the others, and in a claim "
@@ -274,39 +274,49 @@ def _spread(cell: Sequence[RunRecord]) -> bool:
     return bool(made) and max(made) - min(made) > SAME_BUDGET * max(made)
 
 
-def across(task: Task, cells: Mapping[str, Sequence[RunRecord]], alone: bool = True) -> list[str]:
-    """What the columns of one task do not share; with `alone`, what each lacks by itself as well."""
+def across(by_task: Mapping[Task, Mapping[str, Sequence[RunRecord]]], alone: bool = True) -> list[str]:
+    """What the columns of a task do not share; with `alone`, what each lacks by itself as well.
+
+    What is true of several tasks is said once, in the place of the first.
+    """
+    said: dict[tuple[str, str], list[str]] = {}
+    for task, cells in by_task.items():
+        for start, rest in _across(task, cells, alone):
+            said.setdefault((start, rest), []).append(task.name)
+    return [f"{start}{', '.join(names)}{rest}" for (start, rest), names in said.items()]
+
+
+def _across(task: Task, cells: Mapping[str, Sequence[RunRecord]], alone: bool) -> list[tuple[str, str]]:
+    """What is said of one task: the words before its name, and those behind."""
     out = []
     done = {name: [r for r in cell if r.status == "done"] for name, cell in cells.items()}
     budget = {name: max(r.steps for r in cell) for name, cell in done.items() if cell}
     if budget and max(budget.values()) - min(budget.values()) > SAME_BUDGET * max(budget.values()):
         listed = ", ".join(f"{name}: {steps:,}" for name, steps in sorted(budget.items(), key=lambda x: x[1]))
-        out.append(f"Budgets differ on {task.name} ({task.unit}): {listed}.")
+        out.append(("Budgets differ on ", f" ({task.unit}): {listed}."))
     runs = [r for cell in cells.values() for r in cell]
     if len(physics := sorted({r.physics for r in runs})) > 1:
-        out.append(f"Physics differ on {task.name}: {', '.join(physics)}.")
+        out.append(("Physics differ on ", f": {', '.join(physics)}."))
     for what, named in (("Engines", "engine"), ("Rows of the dataset", "dataset")):
         # columns that mix them within are warned of by themselves
         each = {frozenset(str(getattr(r, named)) for r in cell) - {""} for cell in cells.values()} - {frozenset()}
         if len(each) > 1:
-            out.append(f"{what} differ on {task.name}: {', '.join(sorted({x for some in each for x in some}))}.")
+            out.append((f"{what} differ on ", f": {', '.join(sorted({x for some in each for x in some}))}."))
     for package in ("mujoco", "gymnasium"):
         found = sorted({str(r.versions[package]) for r in runs if r.versions.get(package)})
         if len(found) > 1:
-            out.append(f"Versions of {package} differ on {task.name}: {', '.join(found)}.")
+            out.append((f"Versions of {package} differ on ", f": {', '.join(found)}."))
     if not alone:
         return out
     ours = [r for r in runs if r.origin == "rlctl"]
     short = sorted({len(r.episodes) for r in ours if r.status == "done" and len(r.episodes) < FINAL_EPISODES})
     if short:
-        out.append(f"Scores on {task.name} rest on as few as {short[0]} episodes; {FINAL_EPISODES} are the rule.")
+        out.append(("Scores on ", f" rest on as few as {short[0]} episodes; {FINAL_EPISODES} are the rule."))
     if any(r.protocol != LAST_AGENT and r.status == "done" for r in ours):
-        out.append(f"On {task.name} some runs made no final evaluation: the last one in training stands in.")
+        out.append(("On ", " some runs made no final evaluation: the last one in training stands in."))
     if task.family == "D4RL, then online":
-        out.append(f"{task.name} went on online: its normalised scores belong in no table of D4RL's offline results.")
+        out.append(("Went on online: ", "; such normalised scores belong in no table of D4RL's offline results."))
     elif task.family not in ("online", "D4RL"):
-        out.append(
-            f"{task.name} is not D4RL's own data: its normalised scores are on D4RL's scale but belong in no table "
-            "with D4RL's."
-        )
+        rest = "; such normalised scores are on D4RL's scale but belong in no table with D4RL's."
+        out.append(("Not D4RL's own data: ", rest))
     return out

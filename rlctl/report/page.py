@@ -31,6 +31,7 @@ def render(analysis: Analysis, title: str) -> str:
         band_replicates=BAND_REPLICATES,
         chart_style=Markup(svg.style_sheet()),
         swatch=lambda style: Markup(svg.swatch(style)),
+        what_a_score_is=tables.WHAT_A_SCORE_IS,
         claims=analysis.claims,
         cautions=analysis.cautions,
         warnings=analysis.grid.warnings,
@@ -44,7 +45,7 @@ def render(analysis: Analysis, title: str) -> str:
         commands=tables.commands(analysis),
         versions=tables.versions(analysis),
         scales=tables.scales(analysis),
-        protocols=_protocols(analysis),
+        protocols=tables.protocols(analysis),
         runs=tables.runs(analysis),
         made=_made(analysis),
     )
@@ -121,24 +122,6 @@ def _carried(bands: Sequence[Band]) -> str:
 
 def _drawn(texts: Sequence[str]) -> list[Markup]:
     return [Markup(x) for x in texts]
-
-
-def _protocols(analysis: Analysis) -> list[str]:
-    """Who measured how, by column."""
-    found: dict[str, list[str]] = {}
-    for c in analysis.grid.columns:
-        runs = [r for (name, _), cell in analysis.grid.cells.items() if name == c.name for r in cell]
-        for r in runs:
-            counts = [len(x.episodes) for x in runs if x.protocol == r.protocol]
-            names = found.setdefault(f"{r.protocol} ({_episodes(counts)})", [])
-            if c.name not in names:
-                names.append(c.name)
-    return [f"{', '.join(names)}: {what}" for what, names in found.items()]
-
-
-def _episodes(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low} episodes" if low == high else f"{low} to {high} episodes"
 
 
 def _contents(families: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ def _as_planned(suite: Path, records: list[RunRecord]) -> list[RunRecord]:
         replace(
             r,
             label=_label(cells[r.where]["column"], r.algo, r.task, cells[r.where]["data"]),
-            command=command,
+            command=r.command or command,
             suite=about,
         )
         if r.where in cells
@@ -391,13 +391,15 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _command(sessions: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The command that began the run, and those that gave it another length."""
+    """The command that began the run, and those that gave it another length; () where nobody wrote it down."""
     words: list[str] = []
     for k, session in enumerate(sessions):
         said = [str(w) for w in session.get("command") or ()]
+        if said == ["worker.py"]:  # of `rlctl bench`, whose own command such an older record does not name
+            continue
         if k == 0:
             words = said
-        elif any(w == "--steps" or w.startswith("--steps=") for w in said):
+        elif said != words and any(w == "--steps" or w.startswith("--steps=") for w in said):
             words += ["&&", *said]
     return tuple(words)
 

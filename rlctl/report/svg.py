@@ -152,7 +152,7 @@ def dots(d: Dots) -> str:
     said = "; ".join(f"{name} {i.value:.1f} [{i.low:.1f}, {i.high:.1f}]" for name, _, i in d.rows)
     parts = [_open(width, height, "chart", f"{d.title}: {said}")]
     parts.append(f'<text class="title" x="{left}" y="16">{escape(d.title)}</text>')
-    at = ticks(low, high, 3)
+    at = next(t for n in (3, 4, 5, 6) if len(t := ticks(low, high, n)) > 1 or n == 6)  # one number is no scale
     for x, text in zip(at, number_labels(at), strict=True):
         parts.append(f'<path class="grid" d="M{px(x)} {TOP}V{height - 22}"/>')
         parts.append(f'<text x="{px(x)}" y="{height - 8}" text-anchor="middle">{text}</text>')

@@ -22,9 +22,14 @@ from rlctl.report.analysis import (
     Pair,
     p_value,
 )
-from rlctl.report.runs import RunRecord
+from rlctl.report.grid import SAME_BUDGET
+from rlctl.report.runs import RunRecord, Task
 from rlctl.report.stats import MIN_FOR_AGGREGATE, Interval
 
+WHAT_A_SCORE_IS = (
+    "Scores are mean returns of the last agent of each run (settings fixed beforehand as far as the runs can tell), "
+    "one number per seed. No checkpoint was chosen by its score."
+)
 WIDE = 4
 """Columns from which a table with few tasks is turned, so that it grows downwards."""
 
@@ -68,14 +73,13 @@ def number(x: float) -> str:
     return f"{x:,.{digits}f}".replace("-", "−")
 
 
-def estimate(values: Sequence[float], interval: Interval | None) -> str:
-    """`mean ± half width` of a t interval, or the mean alone."""
+def estimate(values: Sequence[float], interval: Interval | None, digits: int | None = None) -> str:
+    """`mean ± half width` of a t interval, or the mean alone; `digits` as of `number` if none are given."""
     mean = sum(values) / len(values)
-    if interval is None:
-        return number(mean)
-    half = (interval.high - interval.low) / 2
-    digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2
-    return f"{mean:,.{digits}f} ± {half:,.{digits}f}".replace("-", "−")
+    if digits is None:
+        digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2
+    half = "" if interval is None else f" ± {(interval.high - interval.low) / 2:,.{digits}f}"
+    return f"{mean:,.{digits}f}{half}".replace("-", "−")
 
 
 def bounds(i: Interval, digits: int = 1) -> str:
@@ -86,7 +90,8 @@ def bounds(i: Interval, digits: int = 1) -> str:
 def results(analysis: Analysis, family: Family) -> Table:
     """Scores by task and column."""
     style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
-    header = [Entry("task"), *(Entry(c, style=style[c]) for c in family.columns)]
+    made = unlike_budgets(analysis, family)
+    header = [Entry("task"), *(Entry(c, made.get(c, ""), style=style[c]) for c in family.columns)]
     rows = [[Entry(t.name), *(_result(family, family.cells.get((c, t))) for c in family.columns)] for t in family.tasks]
     cells = list(family.cells.values())
     caption = "Mean over seeds of the raw return"
@@ -106,11 +111,27 @@ def results(analysis: Analysis, family: Family) -> Table:
     return table.turned("column") if len(family.columns) > WIDE and len(family.columns) > len(family.tasks) else table
 
 
+def unlike_budgets(analysis: Analysis, family: Family) -> dict[str, str]:
+    """By column how long its finished runs are; empty where all columns of the family were given the same."""
+    steps = {c: [r.steps for t in family.tasks for r in _done(analysis, c, t)] for c in family.columns}
+    spans = {c: (min(made), max(made)) for c, made in steps.items() if made}
+    alike = all(
+        max(span[k] for span in spans.values()) * (1 - SAME_BUDGET) <= min(span[k] for span in spans.values())
+        for k in ((0, 1) if spans else ())
+    )
+    unit = "updates" if all(t.unit == "updates" for t in family.tasks) else "steps"
+    return {} if alike else {c: f"{'–'.join(f'{x:,}' for x in dict.fromkeys(s))} {unit}" for c, s in spans.items()}
+
+
+def _done(analysis: Analysis, column: str, task: Task) -> list[RunRecord]:
+    return [r for r in analysis.grid.cells.get((column, task), []) if r.status == "done"]
+
+
 def _result(family: Family, cell: Cell | None) -> Entry:
     if cell is None:
         return Entry("–", title="no run with a score")
     raw = estimate(cell.raw.tolist(), cell.mean)
-    scaled = None if cell.normalized is None else estimate(cell.normalized.tolist(), cell.normalized_mean)
+    scaled = None if cell.normalized is None else estimate(cell.normalized.tolist(), cell.normalized_mean, 1)
     n = len(cell.raw)
     seeds = f"{n} seed{'s' * (n != 1)}" + (f", {cell.diverged} diverged †" if cell.diverged else "")
     first, second = (raw, scaled) if family.name == "online" or scaled is None else (scaled, raw)
@@ -126,9 +147,10 @@ def aggregates(analysis: Analysis, family: Family) -> Table | None:
         return None
     style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
     header = [Entry("column"), Entry("seeds"), *(Entry(m) for m in METRICS)]
+    made = unlike_budgets(analysis, family)
     rows = [
         [
-            Entry(c, style=style[c]),
+            Entry(c, made.get(c, ""), style=style[c]),
             Entry(str(family.aggregate_seeds[c])),
             *(Entry(f"{found[m].value:.1f}", bounds(found[m])) for m in METRICS),
         ]
@@ -314,7 +336,7 @@ def setting_lines(analysis: Analysis) -> list[str]:
         for key in _OF_DATA:
             values: dict[str, dict[str, None]] = defaultdict(dict)
             for c, r in runs:
-                if r.settings.get(key) is not None and f.name != "online":
+                if r.settings.get(key) is not None and f.name != "online" and r.task.unit != "updates":
                     values[str(r.settings[key])][c] = None
             every = len(values) == 1 and all(len(names) == len({c for c, _ in runs}) for names in values.values())
             said = "; ".join(v if every else f"{v} ({', '.join(names)})" for v, names in values.items())
@@ -331,9 +353,17 @@ def _plural(n: int, what: str) -> str:
 def troubles(analysis: Analysis) -> Table:
     """Runs that failed, diverged, are unfinished, missing or unreadable."""
     paths = short_paths([r for _, r in analysis.grid.records])
+    absent: dict[tuple[str, Task, str], list[RunRecord]] = defaultdict(list)
+    for column, r in analysis.grid.troubles:
+        if r.status == "missing":
+            absent[column, r.task, r.note].append(r)
     rows = []
     for column, r in analysis.grid.troubles:
         seed = "" if r.seed is None else str(r.seed)
+        if r.status == "missing":  # the seeds of a cell are told once: there is nothing else to tell them apart
+            if (same := absent[column, r.task, r.note])[0] is not r:
+                continue
+            seed = ranges([x.seed for x in same if x.seed is not None])
         made = f"{r.steps:,}" + (f" of {r.planned:,}" if r.planned else "") if r.steps else ""
         state: str = r.status
         if r.status == "done":
@@ -345,7 +375,7 @@ def troubles(analysis: Analysis) -> Table:
                 Entry(r.task.name),
                 Entry(seed),
                 Entry(made),
-                Entry(r.note, paths.get(r.where, "")),
+                Entry(r.note, "" if r.status == "missing" else paths.get(r.where, "")),
             ]
         )
     return Table([Entry(n) for n in ("state", "column", "task", "seed", "steps", "what happened")], rows)
@@ -356,9 +386,10 @@ def commands(analysis: Analysis) -> Table:
     style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
     groups: dict[tuple[str, str, str, str, str, str], list[RunRecord]] = defaultdict(list)
     for column, r in analysis.grid.records:
-        if r.command:
+        if r.command or r.config:
             physics = "" if r.physics == "published" else f"{r.physics} physics"
-            groups[column, r.task.name, r.config, r.commit, physics, command_line(r.command)].append(r)
+            line = command_line(r.command) if r.command else "not recorded"
+            groups[column, r.task.name, r.config, r.commit, physics, line].append(r)
     rows = []
     for (column, task, config, commit, physics, line), runs in groups.items():
         seeds = ranges([r.seed for r in runs if r.seed is not None])
@@ -436,6 +467,24 @@ def runs(analysis: Analysis) -> Table:
             ]
         )
     return Table([Entry(n) for n in ("task", "column", "seed", "status", "return", "episodes", "steps", "run")], rows)
+
+
+def protocols(analysis: Analysis) -> list[str]:
+    """Who measured how, by column."""
+    found: dict[str, list[str]] = {}
+    for c in analysis.grid.columns:
+        runs = [r for (name, _), cell in analysis.grid.cells.items() if name == c.name for r in cell]
+        for r in runs:
+            counts = [len(x.episodes) for x in runs if x.protocol == r.protocol]
+            names = found.setdefault(f"{r.protocol} ({_episodes(counts)})", [])
+            if c.name not in names:
+                names.append(c.name)
+    return [f"{', '.join(names)}: {what}" for what, names in found.items()]
+
+
+def _episodes(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low} episodes" if low == high else f"{low} to {high} episodes"
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -35,6 +35,7 @@ def markdown(analysis: Analysis, title: str) -> str:
     parts = [f"# {title}", "", _counts(analysis), ""]
     parts += [text for line in tables.setting_lines(analysis) for text in (line, "")]
     parts += ["## What these runs say", "", *(f"- {x}" for x in analysis.claims + analysis.cautions), ""]
+    parts += [tables.WHAT_A_SCORE_IS, ""]
     if analysis.grid.warnings:
         parts += ["## Protocol warnings", "", *(f"- {x}" for x in analysis.grid.warnings), ""]
     for f in analysis.families:
@@ -52,6 +53,8 @@ def markdown(analysis: Analysis, title: str) -> str:
         parts += ["## Wall-clock and compute", "", *_table(tables.compute(analysis))]
     if analysis.grid.troubles:
         parts += ["## Runs that need attention", "", *_table(tables.troubles(analysis))]
+    if measured := tables.protocols(analysis):
+        parts += ["## How scores were measured", "", *(f"- {line}" for line in measured), ""]
     for head, table in (
         ("What 0 and 100 mean", tables.scales(analysis)),
         ("Columns", tables.variants(analysis)),

@@ -18,7 +18,7 @@ import yaml
 from rlctl.data.reference import normalized_score
 from rlctl.errors import UsageError
 from rlctl.report import analysis, charts, grid, page, runs, stats, svg, tables, text
-from rlctl.report.charts import Line, Panel
+from rlctl.report.charts import Dots, Line, Panel
 from rlctl.report.runs import RunRecord, Task
 from rlctl.report.scale import scale_of
 
@@ -218,7 +218,6 @@ def test_a_suite_names_its_columns_and_misses_its_cells(write_run: Write, tmp_pa
     ]
     shown = page.render(analysis.analyze(g, replicates=300), "x")
     assert "3 runs, 3 finished" in shown
-    assert "rlctl bench mine" in shown
     assert "Suite mine: What it is for." in shown
     (root / "bench.json").write_text("{")
     assert [r.status for r in runs.load([root])].count("unreadable") == 1
@@ -258,7 +257,7 @@ def test_d4rl_and_minari_never_share_a_table(write_run: Write, tmp_path: Path) -
         cell = f.cells["iql", f.tasks[0]]
         assert cell.normalized is not None
         np.testing.assert_allclose(cell.normalized, 100 * (cell.raw + 20.272305) / (3234.3 + 20.272305))
-    assert any("mujoco/hopper/medium-v0 is not D4RL's own data" in w for w in a.grid.warnings)
+    assert any("Not D4RL's own data: mujoco/hopper/medium-v0;" in w for w in a.grid.warnings)
     shown = page.render(a, "x")
     assert "Scores: D4RL" in shown
     assert "Scores: Minari" in shown
@@ -310,7 +309,7 @@ def test_from_data_to_its_environment(write_run: Write, tmp_path: Path) -> None:
     (band,) = f.curves[f.tasks[0]]
     assert (band.x[0], band.y[0]) == (0, (3 * 900 + 500) / 4)
     assert band.y[-1] == (3 * 1100 + 500) / 4
-    assert "Hopper-v5 from hopper-medium-v2 went on online" in "".join(a.grid.warnings)
+    assert "Went on online: Hopper-v5 from hopper-medium-v2;" in "".join(a.grid.warnings)
     assert f.budgets == {}  # there is an environment to learn in, so nothing to be chosen by playing
     assert any("offline_updates 300, data_share 0.5" in line for line in tables.setting_lines(a))
     assert [r.status for _, r in a.grid.troubles] == ["diverged", "failed"]
@@ -518,6 +517,37 @@ def test_a_claim_over_several_tasks_is_none_about_each(tmp_path: Path) -> None:
     assert claim.endswith("Its mean return is the lower one on T4.")
 
 
+def test_a_plan_not_begun_is_listed_by_cell_and_budgets_stand_at_the_columns(write_run: Write, tmp_path: Path) -> None:
+    ids = [str(write_run("ppo", "Hopper-v5", 0, 1000.0).relative_to(tmp_path / "runs"))]
+    ids += [str(write_run("sac", "Hopper-v5", 0, 1000.0, steps=100_000).relative_to(tmp_path / "runs"))]
+    more = {"source": "Hopper-v5", "env": "Hopper-v5", "data": None, "steps": 100_000, "offline_updates": 0}
+    cells = [{"id": id, "algo": id[:3], "column": id[:3], "seed": 0} | more for id in ids]
+    cells += [{"id": f"sac/Hopper-v5/s{k}", "algo": "sac", "column": "sac", "seed": k} | more for k in (1, 2, 4)]
+    plan = {"suite": "x", "command": ["rlctl", "bench", "x.yaml"], "cells": cells}
+    (tmp_path / "runs" / "bench.json").write_text(json.dumps(plan))
+    for id, command in zip(ids, (["worker.py"], ["rlctl", "bench", "other.yaml"]), strict=True):
+        file = tmp_path / "runs" / id / "run.json"
+        record = json.loads(file.read_text())
+        record["sessions"][0]["command"] = command
+        file.write_text(json.dumps(record))
+    a = analyzed(tmp_path)
+    (row,) = tables.troubles(a).rows
+    assert [e.text for e in row[:4]] == ["missing", "sac", "Hopper-v5", "1–2, 4"]
+    assert [e.small for e in tables.results(a, a.families[0]).header] == ["", "1,000,000 steps", "100,000 steps"]
+    commands = {row[0].text: row[-1].text for row in tables.commands(a).rows}
+    assert commands == {"ppo": "rlctl bench x.yaml", "sac": "rlctl bench other.yaml"}
+
+
+def test_what_is_true_of_several_tasks_is_said_once(write_run: Write, tmp_path: Path) -> None:
+    for task in ("Hopper-v5", "Walker2d-v5"):
+        write_run("ppo", task, 0, 1000.0)
+        write_run("sac", task, 0, 1000.0, steps=100_000)
+    warnings = analyzed(tmp_path).grid.warnings
+    assert "Scores on Hopper-v5, Walker2d-v5 rest on as few as 20 episodes; 100 are the rule." in warnings
+    both = "Budgets differ on Hopper-v5, Walker2d-v5 (environment steps): sac: 100,000, ppo: 1,000,000."
+    assert [w for w in warnings if w.startswith("Budgets")] == [both]
+
+
 def test_a_shorter_budget_cuts_no_other_columns_curve(write_run: Write, tmp_path: Path) -> None:
     for seed in range(5):
         write_run("ppo", "Hopper-v5", seed, 1000.0 + seed)
@@ -708,6 +738,12 @@ def test_ticks_are_round() -> None:
     assert svg.number_labels([0, 500_000, 1_000_000]) == ["0", "0.5M", "1M"]
     assert svg.number_labels([0, 0.5, 1], percent=True) == ["0%", "50%", "100%"]
     assert svg.number_labels([-20, 0, 20]) == ["−20", "0", "20"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(24.0, 58.1), (41.8, 48.2), (0.0, 100.0), (-3.0, 2.0), (99.0, 99.5)])
+def test_an_axis_of_dots_has_two_numbers(low: float, high: float) -> None:
+    drawn = svg.dots(Dots("IQM", [("a", 0, stats.Interval((low + high) / 2, low, high))]))
+    assert len(re.findall(r'text-anchor="middle">([^<]+)<', drawn)) > 1
 
 
 def test_a_flat_line_and_a_single_point_can_be_drawn() -> None:
