@@ -110,7 +110,9 @@ class Estimate:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(seconds, 1) / 60:.1f} min"
+    if seconds < 60:
+        return "under a minute"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def estimate(cells: list[Cell], speeds: Speeds) -> Estimate:

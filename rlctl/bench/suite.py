@@ -263,11 +263,7 @@ def _plan(path: Path, file: File, seeds: list[int] | None) -> Plan:
 def _lengths(part: Mapping[str, Any]) -> dict[str, Any]:
     """With steps and episodes as numbers where they are written 1e6, which YAML 1.1 reads as a string."""
     return {
-        k: number(v)
-        if k == "steps"
-        else numbers(v)
-        if k in ("budgets", "evaluation") and isinstance(v, Mapping)
-        else v
+        k: number(v) if k == "steps" else numbers(v) if k in ("budgets", "evaluation") and isinstance(v, Mapping) else v
         for k, v in part.items()
     }
 

@@ -28,7 +28,10 @@ GLYPHS = {
     "failed": ("✗", "red"),
     "diverged": ("∞", "magenta"),
 }
-LEGEND = "● done  ◐ running  ◌ interrupted  · waiting  ✗ failed  ∞ diverged"
+LEGEND = (
+    "● done  ◐ running  ◌ interrupted  · waiting  ✗ failed  ∞ diverged; number: mean return of the done, "
+    "or normalised score where the task has one"
+)
 REFRESH, PLAIN_PERIOD = 1.0, 60.0
 """Seconds between two drawings of the table; between two lines of progress in a pipe."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -226,6 +227,7 @@ def show_status(folder: Path, json_: bool) -> None:
     from rlctl.bench.ledger import holder, is_held, states
     from rlctl.bench.view import LEGEND, grid, share_done
     from rlctl.cli.output import print_json
+    from rlctl.display import clock
     from rlctl.errors import UsageError
     from rlctl.experiment import read_json
 
@@ -263,9 +265,14 @@ def show_status(folder: Path, json_: bool) -> None:
     for c in cells:
         s = found[c["id"]]
         if s.status in ("running", "interrupted"):
-            print(f"{s.status:<11} {c['id']}  {share_done(folder / c['id'], c['steps'], c['offline_updates']):.0%}")
+            share = share_done(folder / c["id"], c["steps"], c["offline_updates"])
+            # one that was resumed has not made all of it in this attempt
+            rest = (time.time() - s.since) / share * (1 - share) if s.attempts == 1 and share > 0.02 else None
+            eta = f"  ETA {clock(rest)}" if s.status == "running" and rest is not None else ""
+            print(f"{s.status:<11} {c['id']}  {share:.0%}{eta}")
         elif s.status in ("failed", "diverged"):
-            print(f"{s.status:<11} {c['id']}  {s.attempts} attempts: {s.error}; log {folder / s.log}")
+            tries = f"{s.attempts} attempt{'s' * (s.attempts != 1)}"
+            print(f"{s.status:<11} {c['id']}  {tries}: {s.error}; log {folder / s.log}")
     known = {c["id"] for c in cells}
     runs = [f.parent for f in folder.glob("*/*/s*/run.json")]
     if old := [r for r in runs if r.relative_to(folder).as_posix() not in known]:

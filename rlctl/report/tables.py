@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonpath
@@ -90,9 +90,14 @@ def bounds(i: Interval, digits: int = 1) -> str:
 def results(analysis: Analysis, family: Family) -> Table:
     """Scores by task and column."""
     style = {c.name: i for i, c in enumerate(analysis.grid.columns)}
-    made = unlike_budgets(analysis, family)
-    header = [Entry("task"), *(Entry(c, made.get(c, ""), style=style[c]) for c in family.columns)]
-    rows = [[Entry(t.name), *(_result(family, family.cells.get((c, t))) for c in family.columns)] for t in family.tasks]
+    made, lost = unlike_budgets(analysis, family), _lost(analysis, family)
+    # one that never came to a score is no less a result
+    columns = [c for c in style if c in family.columns or any((c, t) in lost for t in family.tasks)]
+    header = [Entry("task"), *(Entry(c, made.get(c, ""), style=style[c]) for c in columns)]
+    rows = [
+        [Entry(t.name), *(_result(family, family.cells.get((c, t)), lost.get((c, t), "")) for c in columns)]
+        for t in family.tasks
+    ]
     cells = list(family.cells.values())
     caption = "Mean over seeds of the raw return"
     if family.name != "online" and family.scales:
@@ -108,7 +113,18 @@ def results(analysis: Analysis, family: Family) -> Table:
     if any(c.diverged for c in cells):
         caption += " †: diverged runs among the seeds, counted with the last evaluation they reached."
     table = Table(header, rows, caption)
-    return table.turned("column") if len(family.columns) > WIDE and len(family.columns) > len(family.tasks) else table
+    return table.turned("column") if len(columns) > WIDE and len(columns) > len(family.tasks) else table
+
+
+def _lost(analysis: Analysis, family: Family) -> dict[tuple[str, Task], str]:
+    """By cell how many seeds were to be there and have no score, and why: `2 failed, 1 missing`."""
+    count: dict[tuple[str, Task], Counter[str]] = defaultdict(Counter)
+    for column, r in analysis.grid.troubles:
+        cell = family.cells.get((column, r.task))
+        planned = r.where and r.task in family.tasks  # a gap that was only noticed has no place of its own
+        if planned and r.score is None and (cell is None or r.seed not in cell.seeds):
+            count[column, r.task]["no score" if r.status == "done" else r.status] += 1
+    return {cell: ", ".join(f"{n} {status}" for status, n in found.items()) for cell, found in count.items()}
 
 
 def unlike_budgets(analysis: Analysis, family: Family) -> dict[str, str]:
@@ -127,13 +143,14 @@ def _done(analysis: Analysis, column: str, task: Task) -> list[RunRecord]:
     return [r for r in analysis.grid.cells.get((column, task), []) if r.status == "done"]
 
 
-def _result(family: Family, cell: Cell | None) -> Entry:
+def _result(family: Family, cell: Cell | None, lost: str) -> Entry:
     if cell is None:
-        return Entry("–", title="no run with a score")
+        return Entry("–", lost, title="no run with a score")
     raw = estimate(cell.raw.tolist(), cell.mean)
     scaled = None if cell.normalized is None else estimate(cell.normalized.tolist(), cell.normalized_mean, 1)
     n = len(cell.raw)
     seeds = f"{n} seed{'s' * (n != 1)}" + (f", {cell.diverged} diverged †" if cell.diverged else "")
+    seeds += f", {lost}" if lost else ""
     first, second = (raw, scaled) if family.name == "online" or scaled is None else (scaled, raw)
     kind = "score" if first is raw else "return"
     small = f"{kind} {second}\n{seeds}" if second is not None else seeds

@@ -517,6 +517,20 @@ def test_a_claim_over_several_tasks_is_none_about_each(tmp_path: Path) -> None:
     assert claim.endswith("Its mean return is the lower one on T4.")
 
 
+def test_a_column_that_only_failed_keeps_its_place(write_run: Write, tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run("ppo", "Hopper-v5", seed, 1000.0)
+        write_run("sac", "Hopper-v5", seed, 1000.0, status="failed", error="OSError: gone", made=0.5)
+    write_run("ppo", "Hopper-v5", 0, 1000.0, status="failed", error="OSError: gone", name="first-try")
+    write_run("ppo", "Hopper-v5", 3, 1000.0, status="running", made=0.5)
+    a = analyzed(tmp_path)
+    results = tables.results(a, a.families[0])
+    assert [e.text for e in results.header] == ["task", "ppo", "sac"]
+    _, ppo, sac = results.rows[0]
+    assert ppo.small.endswith("3 seeds, 1 unfinished")  # a seed that has a score is not lost, whatever went before
+    assert (sac.text, sac.small) == ("–", "3 failed")
+
+
 def test_a_plan_not_begun_is_listed_by_cell_and_budgets_stand_at_the_columns(write_run: Write, tmp_path: Path) -> None:
     ids = [str(write_run("ppo", "Hopper-v5", 0, 1000.0).relative_to(tmp_path / "runs"))]
     ids += [str(write_run("sac", "Hopper-v5", 0, 1000.0, steps=100_000).relative_to(tmp_path / "runs"))]
@@ -531,9 +545,12 @@ def test_a_plan_not_begun_is_listed_by_cell_and_budgets_stand_at_the_columns(wri
         record["sessions"][0]["command"] = command
         file.write_text(json.dumps(record))
     a = analyzed(tmp_path)
+    results = tables.results(a, a.families[0])
+    assert [e.text for e in results.header] == ["task", "ppo", "sac"]
+    assert [e.small.splitlines()[-1] for e in results.rows[0][1:]] == ["1 seed", "1 seed, 3 missing"]
     (row,) = tables.troubles(a).rows
     assert [e.text for e in row[:4]] == ["missing", "sac", "Hopper-v5", "1–2, 4"]
-    assert [e.small for e in tables.results(a, a.families[0]).header] == ["", "1,000,000 steps", "100,000 steps"]
+    assert [e.small for e in results.header] == ["", "1,000,000 steps", "100,000 steps"]
     commands = {row[0].text: row[-1].text for row in tables.commands(a).rows}
     assert commands == {"ppo": "rlctl bench x.yaml", "sac": "rlctl bench other.yaml"}
 
