@@ -118,7 +118,7 @@ def _png(result: object, out: Path, title: str) -> None:
     panels: list[charts.Panel | charts.Dots] = []
     for f in result.families:
         panels += charts.curve_panels(result, f)
-        panels += [p for p in (charts.efficiency_panel(result, f), charts.profile_panel(result, f)) if p is not None]
+        panels += [p for p in (*charts.efficiency_panels(result, f), charts.profile_panel(result, f)) if p is not None]
         panels += charts.aggregate_dots(result, f)[:1]
     if not panels:
         raise UsageError("there is nothing to draw: no run has been evaluated yet")

@@ -24,6 +24,8 @@ PALETTE = [  # light, dark: distinguishable by the colour-blind, and readable on
     ("#5c5c5c", "#bdbdbd"),
     ("#14171a", "#f4f4f4"),
 ]
+SHORT = 4
+"""Times that the longest budget of a panel exceeds the shortest before its beginning is drawn once more."""
 DASHES = ["", "6 3", "2 2.5", "8 2.5 2 2.5"]
 
 
@@ -71,30 +73,52 @@ def styles(analysis: Analysis) -> dict[str, int]:
 
 
 def curve_panels(analysis: Analysis, family: Family) -> list[Panel]:
-    """Return against steps, a panel per task."""
-    return [_curves(task, bands, styles(analysis)) for task, bands in family.curves.items()]
+    """Return against steps, a panel per task, or two: see `_steps`."""
+    return [p for task, bands in family.curves.items() for p in _curves(task, bands, styles(analysis))]
 
 
 def plain_curves(grid: Grid, curves: Mapping[Task, Sequence[Band]]) -> tuple[list[Panel], list[tuple[str, int]]]:
     """Panels of all tasks without an analysis, and their legend."""
     style = {c.name: i for i, c in enumerate(grid.columns)}
     drawn = {b.column for bands in curves.values() for b in bands}
-    return [_curves(t, bands, style) for t, bands in curves.items()], [(c, i) for c, i in style.items() if c in drawn]
+    panels = [p for t, bands in curves.items() for p in _curves(t, bands, style)]
+    return panels, [(c, i) for c, i in style.items() if c in drawn]
 
 
-def _curves(task: Task, bands: Sequence[Band], style: Mapping[str, int]) -> Panel:
-    lines = [_line(b, style[b.column], "mean return") for b in bands]
-    return Panel(task.name, task.unit, "mean return", lines)
+def _curves(task: Task, bands: Sequence[Band], style: Mapping[str, int]) -> list[Panel]:
+    return _steps(task.name, task.unit, "mean return", bands, style, "mean return")
 
 
-def efficiency_panel(analysis: Analysis, family: Family) -> Panel | None:
-    """IQM over tasks against steps."""
+def efficiency_panels(analysis: Analysis, family: Family) -> list[Panel]:
+    """IQM over tasks against steps; none, one or two panels."""
     if not family.efficiency:
+        return []
+    n, unit = len(family.aggregate_tasks), family.aggregate_tasks[0].unit
+    title = f"IQM over {n} task{'s' * (n > 1)}"
+    return _steps(title, unit, "normalised score", family.efficiency, styles(analysis), "IQM")
+
+
+def _steps(
+    title: str, unit: str, y_label: str, bands: Sequence[Band], style: Mapping[str, int], what: str
+) -> list[Panel]:
+    """Curves over their steps, and once more the beginning of all where a much shorter budget would not be seen."""
+    panels = [Panel(title, unit, y_label, [_line(b, style[b.column], what) for b in bands])]
+    ends = [float(b.x[-1]) for b in bands]
+    if max(ends) >= SHORT * min(ends) > 0:
+        early = [cut for b in bands if (cut := _until(b, min(ends))) is not None]
+        lines = [_line(b, style[b.column], what) for b in early]
+        panels.append(Panel(f"{title}: the first {min(ends):,.0f}", unit, y_label, lines))
+    return panels
+
+
+def _until(b: Band, end: float) -> Band | None:
+    """The curve up to `end`; None where it begins later."""
+    if b.x[0] > end:
         return None
-    style = styles(analysis)
-    lines = [_line(b, style[b.column], "IQM") for b in family.efficiency]
-    n = len(family.aggregate_tasks)
-    return Panel(f"IQM over {n} task{'s' * (n > 1)}", family.aggregate_tasks[0].unit, "normalised score", lines)
+    x = np.append(b.x[b.x < end], end)
+    low, high = (None if y is None else np.interp(x, b.x, y) for y in (b.low, b.high))
+    members = [(np.append(m[m < end], end), np.interp(np.append(m[m < end], end), m, y)) for m, y in b.members]
+    return b._replace(x=x, y=np.interp(x, b.x, b.y), low=low, high=high, members=members)
 
 
 def profile_panel(analysis: Analysis, family: Family) -> Panel | None:

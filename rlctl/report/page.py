@@ -79,11 +79,11 @@ def _made(analysis: Analysis) -> str:
 
 def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
     style = charts.styles(analysis)
-    efficiency, profile = charts.efficiency_panel(analysis, f), charts.profile_panel(analysis, f)
+    profiles = [*charts.efficiency_panels(analysis, f), charts.profile_panel(analysis, f)]
     absent = [c for c in f.aggregates if c not in {b.column for b in f.efficiency}]
     note = ""
     if f.efficiency:
-        note = "A curve on the left goes as far as all runs of its column on all these tasks."
+        note = "A curve of the IQM goes as far as all runs of its column on all these tasks."
     if absent:
         note += f" Without a curve: {', '.join(absent)}."
     if told := _carried(f.efficiency):
@@ -99,7 +99,7 @@ def _family(analysis: Analysis, f: Family) -> dict[str, Any]:
         "curves": _drawn([svg.panel(p) for p in charts.curve_panels(analysis, f)]),
         "legend": [(c, style[c]) for c in f.columns],
         "aggregate_legend": [(c, style[c]) for c in f.aggregates],
-        "profiles": _drawn([svg.panel(p) for p in (efficiency, profile) if p is not None]),
+        "profiles": _drawn([svg.panel(p) for p in profiles if p is not None]),
         "efficiency_note": note,
         "improvement": tables.improvement(analysis, f),
         "budgets": _drawn([svg.panel(p) for p in charts.budget_panels(analysis, f)]),

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -571,6 +572,21 @@ def test_a_shorter_budget_cuts_no_other_columns_curve(write_run: Write, tmp_path
         write_run("sac", "Hopper-v5", seed, 1000.0 + seed, steps=100_000)
     (f,) = analyzed(tmp_path).families
     assert {b.column: b.x[-1] for b in f.efficiency} == {"ppo": 1_000_000, "sac": 100_000}
+
+
+def test_a_much_shorter_budget_is_drawn_once_more() -> None:
+    task, x = Task("online", "T"), np.array([10.0, 30.0, 50.0])
+    curves = {"long": (2 * x, x), "short": (x / 10, 4 * x), "late": (10 * x, x)}
+    records = [RunRecord(c, c, task, 0, "done", episodes=(1.0,), curve=y) for c, y in curves.items()]
+    g = grid.build(records)
+    (whole, start), legend = charts.plain_curves(g, analysis.curves(g))
+    assert (whole.title, start.title) == ("T", "T: the first 5")
+    assert [line.label for line in whole.lines] == [name for name, _ in legend] == ["late", "long", "short"]
+    assert [line.label for line in start.lines] == ["short"]  # the others begin later
+    g = grid.build([replace(r, curve=(np.append(0.0, r.curve[0]), np.append(0.0, r.curve[1]))) for r in records])
+    (_, start), _ = charts.plain_curves(g, analysis.curves(g))
+    ends = {line.label: (line.x[-1], line.y[-1]) for line in start.lines}
+    assert ends == {"late": (5.0, 0.5), "long": (5.0, 2.5), "short": (5.0, 200.0)}
 
 
 def test_unequal_budgets_forbid_a_claim(write_run: Write, tmp_path: Path) -> None:
