@@ -74,14 +74,14 @@ def styles(analysis: Analysis) -> dict[str, int]:
 
 def curve_panels(analysis: Analysis, family: Family) -> list[Panel]:
     """Return against steps, a panel per task, or two: see `_steps`."""
-    return [p for task, bands in family.curves.items() for p in _curves(task, bands, styles(analysis))]
+    return _beginnings_last([_curves(task, bands, styles(analysis)) for task, bands in family.curves.items()])
 
 
 def plain_curves(grid: Grid, curves: Mapping[Task, Sequence[Band]]) -> tuple[list[Panel], list[tuple[str, int]]]:
     """Panels of all tasks without an analysis, and their legend."""
     style = {c.name: i for i, c in enumerate(grid.columns)}
     drawn = {b.column for bands in curves.values() for b in bands}
-    panels = [p for t, bands in curves.items() for p in _curves(t, bands, style)]
+    panels = _beginnings_last([_curves(t, bands, style) for t, bands in curves.items()])
     return panels, [(c, i) for c, i in style.items() if c in drawn]
 
 
@@ -109,6 +109,11 @@ def _steps(
         lines = [_line(b, style[b.column], what) for b in early]
         panels.append(Panel(f"{title}: the first {min(ends):,.0f}", unit, y_label, lines))
     return panels
+
+
+def _beginnings_last(by_task: Sequence[list[Panel]]) -> list[Panel]:
+    """First a panel per task, then what `_steps` added."""
+    return [p for panels in by_task for p in panels[:1]] + [p for panels in by_task for p in panels[1:]]
 
 
 def _until(b: Band, end: float) -> Band | None:
