@@ -629,9 +629,8 @@ def _where(tasks: Sequence[Task]) -> str:
 
 def _except(p: Pair, named: bool = False) -> str:
     """The tasks on which the winner has the lower mean, as a sentence."""
-    lower = [t for t, x in zip(p.tasks, p.by_task, strict=True) if x < 0]
-    than = f" than that of {p.b}" if named else ""
-    return f" Its mean return is the lower one{than} on {', '.join(t.name for t in lower)}." if lower else ""
+    lower = ", ".join(t.name for t, x in zip(p.tasks, p.by_task, strict=True) if x < 0)
+    return f" On {lower} its mean return is lower{f' than that of {p.b}' if named else ''}." if lower else ""
 
 
 def _turned(p: Pair) -> Pair:

@@ -107,8 +107,8 @@ def results(analysis: Analysis, family: Family) -> Table:
     caption += "; ± is half of a 95% t interval, left out below 3 seeds."
     if any(c.among_best for c in cells):
         caption += (
-            " Bold: no permutation test (5%, Holm over all pairs of the row) separates it from the highest mean of its "
-            "task; nothing is bold where budgets, physics or protocols differ, or where all or too few would be."
+            " Bold: no permutation test (5%, Holm over all pairs of the task) separates it from the highest mean of "
+            "its task; nothing is bold where budgets, physics or protocols differ, or where all or too few would be."
         )
     if any(c.diverged for c in cells):
         caption += " †: diverged runs among the seeds, counted with the last evaluation they reached."

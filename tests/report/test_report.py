@@ -515,7 +515,7 @@ def test_a_claim_over_several_tasks_is_none_about_each(tmp_path: Path) -> None:
     file.write_text("algo,task,seed,step,return\n" + "\n".join(rows) + "\n")
     (claim,) = analysis.analyze(grid.build(runs.load([file])), replicates=200).claims
     assert claim.startswith("high (CSV) scores higher than low (CSV) over T1, T2, T3, T4 taken together: probability")
-    assert claim.endswith("Its mean return is the lower one on T4.")
+    assert claim.endswith(" On T4 its mean return is lower.")
 
 
 def test_a_column_that_only_failed_keeps_its_place(write_run: Write, tmp_path: Path) -> None:
