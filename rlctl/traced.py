@@ -6,9 +6,10 @@ kernels on the same numbers, so the same bits (`rlctl.traced_graph` shortens it 
 recording to the plain loss, bit for bit; a loss that cannot be recorded, or does not come out the same, runs as before,
 and `reason` says why.
 
-The recording knows the shapes of its arguments, and holds everything else for constant but the parameters and buffers
-of the agent, whose memory it reads, and plain numbers that are its attributes, which are looked at in each call. So a
-loss is refused that draws random numbers, reads a counter or the value of a tensor, or changes anything.
+The recording knows the shapes of its arguments, and holds everything else for constant but the memory of tensors, which
+it reads. So a loss is refused that draws random numbers, reads a counter or the value of a tensor, or changes anything;
+and where the agent holds something else than at the time (`rlctl.traced_state`), the loss is recorded anew. What it
+cannot see is state outside of the agent: variables of a module, attributes of a class, the settings of an optimiser.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rlctl.host_reads import host_read
 from rlctl.traced_graph import side_by_side, simplify
+from rlctl.traced_state import Holdings
 from rlctl.types import Agent
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -39,7 +42,9 @@ WORTH_SPLITTING = 1_500_000
 """Rows times parameters from which on a second thread saves more than it takes to wake: 18 % of a minibatch of 256 for
 two networks of 64-64 (2.5 million), nothing of one of 64."""
 SHAPES = 8
-"""Recordings of one loss, by shapes of arguments and settings; what asks for more is no place for recordings."""
+"""Recordings of one loss, by shapes of arguments and what the agent holds; what asks for more is no place for them."""
+UNSEEN = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr})
+"""Ways to the value of a tensor on which there is no operation."""
 
 
 class CannotTrace(Exception):
@@ -55,6 +60,8 @@ class _Recording:
     """Of what the loss returns."""
     differentiable: int
     """Which leaf of it is the loss."""
+    holdings: Holdings
+    """What the agent held."""
     checked: int = 0
 
 
@@ -72,7 +79,8 @@ class TracedLoss:
 
     def __init__(self, agent: Agent, loss: Callable[..., Any], say: Callable[[str], None], cores: int = 1) -> None:
         self._agent, self._loss, self._say, self._cores = agent, loss, say, cores
-        self._recordings: dict[Any, _Recording] = {}
+        self._recordings: dict[Any, list[_Recording]] = {}
+        """By shapes of arguments."""
         self.reason = ""
         """Why it has given up, if it has."""
         self.replays = 0
@@ -90,17 +98,19 @@ class TracedLoss:
         if not _flatten(args, flat):
             self._give_up("an argument is neither a tensor nor a tuple of tensors")
             return self._loss(*args)
-        key = (*_numbers(self._agent).items(), *[(x.shape, x.dtype) for x in flat])
-        recording = self._recordings.get(key)
+        there = self._recordings.setdefault(tuple([(x.shape, x.stride(), x.dtype) for x in flat]), [])
+        recording = next((r for r in there if r.holdings.same()), None)
         if recording is None:
-            if len(self._recordings) >= SHAPES:
-                self._give_up("its arguments or settings change too often")
-                return self._loss(*args)
             try:
-                recording = self._recordings[key] = self._record(args, flat)
+                if sum(map(len, self._recordings.values())) >= SHAPES:
+                    moved = there[-1].holdings.moved() if there else []
+                    which = f" ({', '.join(moved[:4])})" if moved else ""
+                    raise CannotTrace(f"its arguments, or what the agent holds, change too often{which}")
+                recording = self._record(args, flat)
             except CannotTrace as e:
                 self._give_up(str(e))
                 return self._loss(*args)
+            there.append(recording)
         if recording.checked < CHECKS:
             return self._check(recording, args, flat)
         self.replays += 1
@@ -109,7 +119,12 @@ class TracedLoss:
     def _record(self, args: Any, flat: list[Tensor]) -> _Recording:
         """Record the loss of these arguments."""
         agent = self._agent
-        params = [p for p in agent.parameters() if p.requires_grad]
+        try:
+            holdings = Holdings(agent, apart=(self, agent.rng, agent.counters))
+        except ValueError as e:
+            raise CannotTrace(str(e)) from e
+        held = [p for p in holdings.tensors.values() if p.requires_grad]
+        params = list({id(p): p for p in (*agent.parameters(), *held) if p.requires_grad and p.is_leaf}.values())
         found: dict[str, Any] = {}
 
         def loss_and_gradients(*tensors: Tensor) -> list[Tensor]:
@@ -123,23 +138,24 @@ class TracedLoss:
             found.update(structure=structure, differentiable=roots[0], used=[g is not None for g in grads])
             return [x.detach() for x in leaves] + [g for g in grads if g is not None]
 
+        given = [x.clone() for x in flat]  # nothing that happens in here is to reach the plain loss
         try:
-            with _untouched(agent), _no_counters(agent), warnings.catch_warnings():
+            with _untouched(holdings, given), _no_counters(agent), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TorchScript's own, of its age and of constants
-                with _Refuse():  # type: ignore[no-untyped-call]
-                    loss_and_gradients(*flat)
-                traced = make_fx(loss_and_gradients)(*flat)
+                with _Refuse(), _RefuseUnseen():  # type: ignore[no-untyped-call]
+                    loss_and_gradients(*given)
+                traced = make_fx(loss_and_gradients)(*given)
                 simplify(traced)
                 work = max(x.shape[0] if x.dim() else 1 for x in flat) * sum(p.numel() for p in params)
                 two = self._cores > 1 and torch.get_num_threads() == 1 and work >= WORTH_SPLITTING
                 whole = side_by_side(traced, sum(found["used"])) if two else traced
-                program = torch.jit.trace(whole, tuple(flat), check_trace=False)  # type: ignore[no-untyped-call]
+                program = torch.jit.trace(whole, tuple(given), check_trace=False)  # type: ignore[no-untyped-call]
         except CannotTrace:
             raise
         except Exception as e:
             raise CannotTrace(f"recording it failed ({type(e).__name__}: {str(e).strip().splitlines()[-1]})") from e
         used = [p for p, wanted in zip(params, found["used"], strict=True) if wanted]
-        return _Recording(program, used, found["structure"], found["differentiable"])
+        return _Recording(program, used, found["structure"], found["differentiable"], holdings)
 
     def _check(self, recording: _Recording, args: Any, flat: list[Tensor]) -> Any:
         """The plain loss; gives up if the recording has another value or another gradient."""
@@ -196,6 +212,16 @@ class _Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class _RefuseUnseen(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Raises CannotTrace where Python takes the values of a tensor without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse, or run."""
+        if func in UNSEEN:
+            raise CannotTrace(f"it reads a tensor on the host ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 class _Unread(dict[str, int]):
     """Counters that must not be read."""
 
@@ -217,29 +243,25 @@ def _no_counters(agent: Agent) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _untouched(agent: Agent) -> Iterator[None]:
-    """Within, the agent's tensors and plain attributes may change: they are put back, and the loss is refused."""
-    tensors, numbers = {name: x.clone() for name, x in agent.state_dict().items()}, _numbers(agent)
+def _untouched(holdings: Holdings, given: Sequence[Tensor]) -> Iterator[None]:
+    """Within, what the agent holds and the arguments may change: the agent is put back, and the loss is refused."""
+    tensors, versions = {name: x.detach().clone() for name, x in holdings.tensors.items()}, [x._version for x in given]
     try:
         yield
     finally:
-        now = agent.state_dict()
+        now = holdings.tensors
         moved = [name for name, x in tensors.items() if not torch.equal(x, now[name])]
-        for name in moved:
-            now[name].copy_(tensors[name])
-        counted = [name for name, x in _numbers(agent).items() if name not in numbers or numbers[name] != x]
-        for name in counted:
-            delattr(agent, name)
-        vars(agent).update(numbers)
+        with torch.no_grad():
+            for name in moved:
+                now[name].copy_(tensors[name])
+        set_anew = holdings.moved()
+        holdings.restore()
     if moved:
         raise CannotTrace(f"it changes {', '.join(moved)}")
-    if counted:
-        raise CannotTrace(f"it counts in attributes of the agent: {', '.join(counted)}")
-
-
-def _numbers(agent: Agent) -> dict[str, Any]:
-    """The agent's attributes that are plain numbers or words, `training` among them: constants of a recording."""
-    return {name: x for name, x in vars(agent).items() if isinstance(x, int | float | str)}
+    if set_anew:
+        raise CannotTrace(f"it sets attributes of the agent, or what they hold: {', '.join(set_anew)}")
+    if [x._version for x in given] != versions:
+        raise CannotTrace("it changes its arguments")
 
 
 def _flatten(args: Any, into: list[Tensor]) -> bool:

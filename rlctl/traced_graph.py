@@ -21,18 +21,21 @@ _NAMED = (aten.scalar_tensor.default, aten.full.default, aten.ones.default, aten
 
 def simplify(traced: GraphModule) -> None:
     """Take out operations that give their argument back or do not depend on any input, of which a backward pass has
-    many; values stay as they are."""
+    many; values stay as they are. Where memory is written to that has other readers, next to nothing is taken out."""
     graph = traced.graph
+    plain = _in_order_of_data(graph)
     for node in list(graph.nodes):
         same = None
-        if node.target is aten.detach.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == 1):
+        power = plain and node.target is aten.pow.Tensor_Scalar
+        if node.target is aten.detach.default or (power and _first_power(node)):
             same = node.args[0]
         elif node.target is aten.t.default and node.args[0].target is aten.t.default:
             same = node.args[0].args[0]
         if same is not None:
             node.replace_all_uses_with(same)
     graph.eliminate_dead_code()
-    _fold(traced)
+    if _in_order_of_data(graph):
+        _fold(traced)
     traced.recompile()
 
 
@@ -44,11 +47,13 @@ def side_by_side(traced: GraphModule, gradients: int) -> nn.Module:
     """
     graph = traced.graph
     outputs: list[Node] = list(_output(graph).args[0])  # type: ignore[arg-type]
-    if any(_is_call(n) and _writes(n) and len(n.args[0].users) > 1 for n in graph.nodes):
-        return traced  # another operation may count on the order of the two
+    if not _in_order_of_data(graph):
+        return traced
     parts: list[set[Node]] = []
     for output in outputs[-gradients:]:
         part = _needed([output])
+        if not part:
+            continue  # a constant
         for other in [p for p in parts if p & part]:
             parts.remove(other)
             part |= other
@@ -144,6 +149,34 @@ def _is_call(node: Node) -> bool:
 def _writes(node: Node) -> bool:
     """Whether the operation changes an argument."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _in_order_of_data(graph: Graph) -> bool:
+    """Whether what an operation needs is all that has to come before it.
+
+    So it is where those that write do so to a result of their own, that nothing else reads: an activation in place. A
+    write to a view, an input or a parameter reaches readers that no edge of the graph tells of.
+    """
+    return all(_is_own(x) for n in graph.nodes if _is_call(n) and _writes(n) for x in _written(n))
+
+
+def _is_own(x: Any) -> bool:
+    return isinstance(x, Node) and _is_call(x) and len(x.users) == 1 and (_writes(x) or not _shares(x))
+
+
+def _written(node: Node) -> list[Any]:
+    """The arguments that an operation writes to."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    named = {a.name: a for a in node.target._schema.arguments}
+    given = dict(zip(named, node.args, strict=False)) | node.kwargs
+    return [x for name, x in given.items() if (alias := named[name].alias_info) is not None and alias.is_write]
+
+
+def _first_power(node: Node) -> bool:
+    """Whether a power has the exponent 1 and leaves the kind of number alone."""
+    base: Any = node.args[0]
+    kinds = [n.meta["tensor_meta"].dtype if "tensor_meta" in n.meta else None for n in (base, node)]
+    return node.args[1] == 1 and kinds[0] is not None and kinds[0] == kinds[1]
 
 
 def _shares(node: Node) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from agent_helpers import batch_for, differing, snapshot, tiny
@@ -17,7 +21,7 @@ from rlctl.accelerate import accelerate
 from rlctl.agents import names
 from rlctl.agents.ppo import PPO
 from rlctl.agents.td3 import TD3
-from rlctl.ops import gradients
+from rlctl.ops import adam, frozen_copy, gradients
 from rlctl.traced import CHECKS, TracedLoss
 from rlctl.types import Batch
 
@@ -27,6 +31,10 @@ def traced(agent: Any) -> tuple[TracedLoss, list[str]]:
     said: list[str] = []
     agent.loss = TracedLoss(agent, agent.loss, said.append)
     return agent.loss, said
+
+
+def recordings(loss: TracedLoss) -> list[Any]:
+    return [r for there in loss._recordings.values() for r in there]
 
 
 @pytest.mark.parametrize("name", [n for n in names() if callable(getattr(agents.get(n), "loss", None))])
@@ -96,7 +104,7 @@ def test_new_shapes_and_settings_are_recorded_beside_each_other() -> None:
     assert not said
     for size in range(1, 12):
         loss(type(rows)(*[x[: size + 7] for x in rows]))
-    assert said == ["not recorded: the loss of PPO: its arguments or settings change too often"]
+    assert said == ["not recorded: the loss of PPO: its arguments, or what the agent holds, change too often"]
 
 
 def test_a_copy_records_anew() -> None:
@@ -147,6 +155,42 @@ class Counting(PPO):
         return super().policy_loss(ratio, adv)
 
 
+class Remembering(PPO):
+    def loss(self, m: Any) -> Any:
+        loss, metrics = super().loss(m)
+        self.latest = metrics["losses/policy"]
+        return loss, metrics
+
+
+class Collecting(PPO):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[Tensor] = []
+
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        self.seen.append(ratio.detach().max())
+        return super().policy_loss(ratio, adv)
+
+
+class Overwriting(PPO):
+    def loss(self, m: Any) -> Any:
+        m.adv.abs_()
+        return super().loss(m)
+
+
+class Branching(PPO):
+    """On a value that comes by no operation, and that the first minibatches all have."""
+
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        far = abs(ratio.detach().numpy() - 1).max() > 0.15
+        return (0.0 if far else 1.0) * super().policy_loss(ratio, adv)
+
+
+class Listing(PPO):
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        return (0.0 if max(ratio.tolist()) > 1.15 else 1.0) * super().policy_loss(ratio, adv)
+
+
 class Talking(PPO):
     def loss(self, m: Any) -> Any:
         loss, metrics = super().loss(m)
@@ -166,7 +210,12 @@ class Twofold(PPO):
         (Reading, "it reads a tensor on the host"),
         (Annealed, "it reads the counter 'updates'"),
         (Changing, "it changes obs_norm.mean"),
-        (Counting, "it counts in attributes of the agent"),
+        (Counting, "it sets attributes of the agent, or what they hold: calls"),
+        (Remembering, "it sets attributes of the agent, or what they hold: latest"),
+        (Collecting, "it sets attributes of the agent, or what they hold: seen.0"),
+        (Overwriting, "it changes its arguments"),
+        (Branching, "it reads a tensor on the host (numpy)"),
+        (Listing, "it reads a tensor on the host (tolist)"),
         (Talking, "it returns more than tensors"),
         (Twofold, "it returns not one scalar"),
     ],
@@ -176,13 +225,210 @@ def test_what_no_recording_can_give_again_is_refused(cls: type[PPO], why: str) -
     plain = copy.deepcopy(agent)
     loss, said = traced(agent)
     rows = agent.prepare_rollout(batch_for(agent))
+    other = type(rows)(*[x.clone() for x in rows])
     for _ in range(3):  # recording has left no trace: the loss has been worked out as often as it was asked for
-        assert torch.equal(loss(rows)[0], plain.loss(rows)[0])
+        assert torch.equal(loss(rows)[0], plain.loss(other)[0])
         assert differing(agent, snapshot(plain)) == []
         assert getattr(agent, "calls", 0) == getattr(plain, "calls", 0)
+        assert len(getattr(agent, "seen", [])) == len(getattr(plain, "seen", []))
     assert len(said) == 1
     assert why in said[0]
     assert loss.replays == 0
+
+
+# ------------------------------------------------------------------------------------------ what moves between updates
+class Weighing(PPO):
+    """A penalty whose weight grows with each update; subclasses say where it is kept."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.begin()
+
+    def penalty(self, pi: Any) -> Tensor:
+        return self.weight() * pi.mode.square().mean()
+
+    def update(self, batch: Batch) -> Any:
+        metrics = super().update(batch)
+        self.grow()
+        return metrics
+
+    begin: Callable[..., None]
+    weight: Callable[..., Any]
+    grow: Callable[..., None]
+
+
+class InTensor(Weighing):
+    def begin(self) -> None:
+        self.beta = torch.tensor(1.0)
+
+    def weight(self) -> Any:
+        return self.beta
+
+    def grow(self) -> None:
+        self.beta = self.beta * 3.0
+
+
+class InBuffer(InTensor):
+    def begin(self) -> None:
+        self.register_buffer("beta", torch.tensor(1.0))
+
+
+class InPlace(InTensor):
+    def grow(self) -> None:
+        self.beta.mul_(3.0)
+
+
+class InModule(Weighing):
+    def begin(self) -> None:
+        self.pi.beta = 1.0  # type: ignore[assignment]
+
+    def weight(self) -> Any:
+        return self.pi.beta
+
+    def grow(self) -> None:
+        self.pi.beta *= 3.0  # type: ignore[operator, assignment]
+
+
+class InDeque(Weighing):
+    def begin(self) -> None:
+        self.betas = deque([1.0, 2.0], maxlen=2)
+
+    def weight(self) -> Any:
+        return sum(self.betas)
+
+    def grow(self) -> None:
+        self.betas.append(3 * self.betas[-1])
+
+
+class InArray(Weighing):
+    def begin(self) -> None:
+        self.betas = np.ones(2)
+
+    def weight(self) -> Any:
+        return float(self.betas[0])
+
+    def grow(self) -> None:
+        self.betas *= 3.0
+
+
+class InObject(Weighing):
+    def begin(self) -> None:
+        self.schedule = SimpleNamespace(beta=1.0)  # type: ignore[assignment]
+
+    def weight(self) -> Any:
+        return self.schedule.beta  # type: ignore[union-attr]
+
+    def grow(self) -> None:
+        self.schedule.beta *= 3.0  # type: ignore[union-attr]
+
+
+class InConfig(Weighing):
+    def begin(self) -> None: ...
+
+    def weight(self) -> Any:
+        return self.cfg.clip
+
+    def grow(self) -> None:
+        self.cfg = dataclasses.replace(self.cfg, clip=self.cfg.clip / 3)
+
+
+class InFrozenCopy(Weighing):
+    """The distance to the policy as it was at the last update."""
+
+    def begin(self) -> None:
+        self.old: Any = None
+
+    def loss(self, m: Any) -> Any:
+        loss, metrics = super().loss(m)
+        drift = 0.0 if self.old is None else (self.pi(m.obs).mode - self.old(m.obs).mode).square().mean()
+        return loss + drift, metrics
+
+    def weight(self) -> Any:
+        return 0.0
+
+    def grow(self) -> None:
+        self.old = frozen_copy(self.pi)
+
+
+class Optimised(Weighing):
+    """A tensor that is no parameter of the agent, but of its optimiser."""
+
+    def begin(self) -> None:
+        self.free = torch.tensor(0.1, requires_grad=True)
+        self.opt = adam([*self.pi.parameters(), *self.v.parameters(), self.free], 1e-3)  # type: ignore[arg-type]
+
+    def weight(self) -> Any:
+        return (self.free - 0.3) ** 2
+
+    def grow(self) -> None: ...
+
+
+class Masking(Weighing):
+    """Writes into views of a constant, which changes nothing before a ratio leaves the middle."""
+
+    def begin(self) -> None: ...
+
+    def weight(self) -> Any:
+        return 0.0
+
+    def grow(self) -> None: ...
+
+    def policy_loss(self, ratio: Tensor, adv: Tensor) -> Tensor:
+        weights = torch.ones(len(ratio), 2)
+        weights[:, 0] = ((ratio.detach() - 1).abs() < 0.15).float()
+        weights = weights / weights.sum(0)
+        return -(ratio * adv * weights[:, 0]).sum()
+
+
+class Powers(Masking):
+    """A first power is a copy of its own, to write into."""
+
+    def penalty(self, pi: Any) -> Tensor:
+        with torch.no_grad():
+            w = self.pi.log_std**1  # type: ignore[operator]
+            w[:] = 2 * w
+        return (w * pi.mode.square().mean(0)).sum()
+
+
+HOLDING = [InTensor, InBuffer, InPlace, InModule, InDeque, InArray, InObject, InConfig, InFrozenCopy, Optimised]
+
+
+@pytest.mark.parametrize("cls", [*HOLDING, Masking, Powers])
+def test_a_recording_sees_what_the_agent_holds(cls: type[PPO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large steps, so that ratios leave the middle; in two halves where that is possible."""
+    monkeypatch.setattr("rlctl.traced.WORTH_SPLITTING", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spec, cfg = tiny("ppo").spec, dataclasses.replace(tiny("ppo").cfg, lr=3e-3)
+    plain, agent = (agents.make(cls, spec, cfg) for _ in range(2))
+    said: list[str] = []
+    loss = agent.loss = TracedLoss(agent, agent.loss, said.append, cores=2)  # type: ignore[assignment, arg-type]
+    for k in range(3):
+        batch = batch_for(plain, k)
+        expected, got = plain.update(batch), agent.update(batch)
+        assert all(torch.equal(expected[key], got[key]) for key in expected), k
+        assert differing(plain, snapshot(agent)) == [], k
+    torch.set_num_threads(threads)
+    assert not said
+    assert loss.replays > 0
+
+
+def test_what_changes_at_every_update_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlctl.traced.SHAPES", 2)
+    agent = agents.make(InTensor, tiny("ppo").spec, tiny("ppo").cfg)
+    _, said = traced(agent)
+    for k in range(3):
+        agent.update(batch_for(agent, k))
+    why = "its arguments, or what the agent holds, change too often (beta)"
+    assert said == [f"not recorded: the loss of InTensor: {why}"]
+
+
+def test_an_agent_that_holds_a_lot_in_python_is_not_recorded() -> None:
+    agent = tiny("ppo")
+    agent.history = [0.0] * 20_000  # type: ignore[assignment]
+    _, said = traced(agent)
+    agent.update(batch_for(agent))
+    assert "the agent holds more than 10,000 values in dicts and lists" in said[0]
 
 
 def test_a_recording_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +436,7 @@ def test_a_recording_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     loss, said = traced(agent)
     rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
     loss(rows)
-    (recording,) = loss._recordings.values()
+    (recording,) = recordings(loss)
     program: Callable[..., Any] = recording.program
     recording.program = lambda *args: [x * (1 + 1e-6) for x in program(*args)]
     loss(rows)
@@ -233,7 +479,7 @@ def side_by_side_of(agent: Any, monkeypatch: pytest.MonkeyPatch) -> TracedLoss:
 
 
 def forks(loss: TracedLoss) -> list[bool]:
-    return ["prim::fork" in str(r.program.graph) for r in loss._recordings.values()]  # type: ignore[attr-defined]
+    return ["prim::fork" in str(r.program.graph) for r in recordings(loss)]
 
 
 @pytest.mark.parametrize("name", ["ppo", "spo"])
@@ -273,7 +519,7 @@ def test_constants_are_computed_once() -> None:
     loss, _ = traced(agent)
     rows = agent.prepare_rollout(batch_for(agent))  # type: ignore[operator]
     loss(rows)  # held to the plain loss, like the next two
-    text = str(next(iter(loss._recordings.values())).program.graph)  # type: ignore[attr-defined]
+    text = str(recordings(loss)[0].program.graph)
     assert "aten::ones_like" not in text
     assert "_folded" in text
     with torch.no_grad():
