@@ -15,6 +15,7 @@ A checkpoint is written under a temporary name, synced and renamed: a `kill -9` 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -88,6 +89,33 @@ def save(
     temp = root / f".tmp-{name}"
     temp.mkdir()
 
+    try:
+        _write(temp, agent, parts, snap, carried or {}, previous, old_manifest)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)  # on a full disk it is what takes the rest
+        raise
+    target = root / name
+    if target.exists():  # left by a run that died between the rename and `latest`
+        shutil.rmtree(target)
+    temp.rename(target)
+    _sync_folder(root)
+    write_atomically(root / "latest", name)
+    for stale in sorted(p for p in root.glob("step_*") if p.is_dir())[:-keep]:
+        if stale != target:
+            shutil.rmtree(stale)
+    return target
+
+
+def _write(
+    temp: Path,
+    agent: Agent,
+    parts: Mapping[str, Part],
+    snap: Snapshot,
+    carried: Mapping[str, Path],
+    previous: Path | None,
+    old_manifest: dict[str, Any] | None,
+) -> None:
+    """All of a checkpoint, into the empty folder `temp`."""
     moments, groups = pack_optimizers(agent)
     save_file(_flat(agent.state_dict()), temp / "agent.safetensors")
     save_file(moments, temp / "optim.safetensors")
@@ -98,7 +126,7 @@ def save(
         (temp / part_name).mkdir()
         before = None if previous is None else previous / part_name
         part.save(temp / part_name, before if before is not None and before.exists() else None)
-    for part_name, folder in (carried or {}).items():
+    for part_name, folder in carried.items():
         shutil.copytree(folder, temp / part_name)
 
     manifest = {
@@ -116,16 +144,14 @@ def save(
     for file in temp.rglob("*"):
         _sync_file(file)
     _sync_folder(temp)
-    target = root / name
-    if target.exists():  # left by a run that died between the rename and `latest`
-        shutil.rmtree(target)
-    temp.rename(target)
-    _sync_folder(root)
-    write_atomically(root / "latest", name)
-    for stale in sorted(p for p in root.glob("step_*") if p.is_dir())[:-keep]:
-        if stale != target:
-            shutil.rmtree(stale)
-    return target
+
+
+def disk_full(e: BaseException) -> bool:
+    """Whether an error of writing says that there is no room."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(e, SafetensorError):  # tells the number in words alone
+        return any(f"os error {code}" in str(e) for code in codes)
+    return isinstance(e, OSError) and e.errno in codes
 
 
 def latest(root: Path) -> Path | None:

@@ -32,3 +32,10 @@ class Interrupted(RlctlError):
         super().__init__(
             "interrupted" if folder is None else f"interrupted; checkpoint written, go on with: rlctl resume {folder}"
         )
+
+
+class DiskFull(RlctlError):
+    """There is no room for what a run has to write. What it wrote before is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"no space left on the disk of {folder}: free some, then go on with: rlctl resume {folder}")

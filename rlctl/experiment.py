@@ -25,7 +25,7 @@ from rlctl.config import as_plain, build, fingerprint, merge, numbers, unknown_k
 from rlctl.data.reference import run_score
 from rlctl.data.reward import RewardTransform
 from rlctl.display import Display
-from rlctl.errors import Interrupted, UsageError
+from rlctl.errors import DiskFull, Interrupted, UsageError
 from rlctl.evaluate import Evaluation
 from rlctl.provenance import provenance
 from rlctl.run import Run, RunConfig, non_finite
@@ -410,7 +410,7 @@ def _carry_out(
     env: VecEnv | None = None
     data: Dataset | None = None
     run: Run | None = None
-    started = refused = False
+    started = refused = full = False
     try:
         device, why = pick_device(settings.device, settings)
         _use(device)
@@ -499,13 +499,18 @@ def _carry_out(
         # a request that was refused before the first step leaves nothing behind
         ours = (UsageError, MemoryError) if started else (ValueError, MemoryError)
         refused = isinstance(e, ours) and not resume and (run is None or run.progress == 0)
+        full = mine is not None and checkpoint.disk_full(e)
         if run is not None:
-            _record(mine, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+            with contextlib.suppress(OSError) if full else contextlib.nullcontext():
+                _record(mine, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
+        if mine is not None and full:
+            raise DiskFull(mine) from e
         raise
     finally:
         torch.set_flush_denormal(False)
         if run is not None:
-            run.close()
+            with contextlib.suppress(OSError) if full else contextlib.nullcontext():
+                run.close()
         if env is not None:
             env.close()
         if refused and mine is not None:

@@ -410,8 +410,10 @@ class Run:
         self._stage.updates += len(metrics)
         self.progress += env_steps or len(metrics)
         for row in metrics:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"{type(agent).__name__}.update returned {row!r}, not a dict of metrics")
             for name, value in row.items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+                self._sums[name] = self._sums[name] + value if name in self._sums else _metric(agent, name, value)
                 self._counts[name] = self._counts.get(name, 0) + 1
         if self._due("log", self.period(self.config.log_every, 500)):
             self._log(agent)
@@ -729,6 +731,14 @@ class Run:
         self.display.stop()
         if self._lock is not None:
             self._lock.close()
+
+
+def _metric(agent: Agent, name: str, value: Any) -> Tensor:
+    """A copy of a metric; TypeError unless it is a 0-dim tensor."""
+    if not isinstance(value, Tensor) or value.dim():
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+        raise TypeError(f"{type(agent).__name__}.update gives {name} as {what}: a metric is a detached 0-dim tensor")
+    return value.clone()
 
 
 def unowned_parameters(agent: Agent) -> None:

@@ -212,7 +212,7 @@ class _Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _RefuseUnseen(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _RefuseUnseen(TorchFunctionMode):
     """Raises CannotTrace where Python takes the values of a tensor without an operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

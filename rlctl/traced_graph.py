@@ -176,7 +176,7 @@ def _first_power(node: Node) -> bool:
     """Whether a power has the exponent 1 and leaves the kind of number alone."""
     base: Any = node.args[0]
     kinds = [n.meta["tensor_meta"].dtype if "tensor_meta" in n.meta else None for n in (base, node)]
-    return node.args[1] == 1 and kinds[0] is not None and kinds[0] == kinds[1]
+    return bool(node.args[1] == 1) and kinds[0] is not None and kinds[0] == kinds[1]
 
 
 def _shares(node: Node) -> bool:

@@ -88,6 +88,8 @@ def make(
 
 
 WARP_OPTIONS = ("nconmax", "njmax", "capture")
+COMMON_OPTIONS = ("physics", "episode_len")
+"""Keywords that `make` takes for every simulated task."""
 
 
 def _make_simulated(
@@ -104,7 +106,7 @@ def _make_simulated(
 
     choice = choose(simulated_task(name) or name, num_envs, common["device"], backend)
     own = {key: options.pop(key) for key in WARP_OPTIONS if key in options}
-    built = build_task(task, options)
+    built = build_task(task, options, COMMON_OPTIONS)
     if choice.backend == "warp":
         from rlctl_envs.warp_vector import WarpVecEnv
 

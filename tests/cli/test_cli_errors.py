@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import PPO, SAC, Cli, Result
+from cli_helpers import PPO, QUICK, SAC, Cli, Result
+from safetensors import SafetensorError
 
-from rlctl import experiment
+from rlctl import checkpoint, experiment
 
 PPO_ON_HOPPER = ["train", "--algo", "ppo", "--env", "Hopper", "--steps", "20"]
 
@@ -67,6 +70,7 @@ def config_file(tmp_path: Path, text: str) -> Path:
         (["train", "--algo", "ppo", "--set", "env=5"], ["'env'", "5"]),
         ([*PPO_ON_HOPPER, "--set", "device=5"], ["device"]),
         ([*PPO_ON_HOPPER, "--set", "env_options.no_such=1"], ["no_such"]),
+        ([*PPO_ON_HOPPER, "--set", "env_options.physic=native"], ["'physic'", "did you mean 'physics'"]),
         ([*PPO_ON_HOPPER, "--set", "env_options.physics=quantum"], ["quantum"]),
         ([*PPO_ON_HOPPER, "--set", "num_envs=0"], ["num_envs"]),
         ([*PPO_ON_HOPPER, "--set", "run.log_every=-1"], ["log_every"]),
@@ -210,6 +214,47 @@ def test_ctrl_c_before_there_is_a_run(cli: Cli, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(experiment, "resolve", pressed)
     refused(cli.train("--algo", "ppo", "--env", "Hopper", sets=PPO), "rlctl: interrupted", code=130)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+    ids=["file", "safetensors"],
+)
+def test_a_full_disk_is_one_line_and_leaves_a_run_to_resume(
+    error: Exception, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    folder = tmp_path / "run"
+    some = ["train", "--algo", "ppo", "--env", "probe:constant", "--steps", "60", "--quiet", "--out", str(folder)]
+    some += [x for s in [*QUICK, *PPO, "run.checkpoint_every=20"] for x in ("--set", s)]
+    first = checkpoint.save_file
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_file", lambda x, at: full() if at.stem == "optim" else first(x, at))
+        refused(cli(*some), "no space left", f"rlctl resume {folder}", code=1)
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    left = [p.name for p in (folder / "checkpoints").iterdir()]
+    assert left == ["best"]  # no half of a checkpoint, which would take the rest of the disk
+    assert cli("resume", folder, "--quiet").code == 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ("None", "Careless.update returned None, not a dict of metrics"),
+        ("{'losses/x': 1.5}", "Careless.update gives losses/x as 1.5: a metric is a detached 0-dim tensor"),
+        ("{'losses/x': batch.reward}", "Careless.update gives losses/x as a tensor of shape"),
+    ],
+)
+def test_metrics_that_are_none(metrics: str, words: str, cli: Cli, tmp_path: Path) -> None:
+    """A bug of the author, who gets a traceback, and words that tell what an update returns."""
+    source = "from rlctl.agents.ppo import PPO\n\n\nclass Careless(PPO):\n    def update(self, batch):\n"
+    name = f"careless_{len(metrics)}"
+    (tmp_path / f"{name}.py").write_text(f"{source}        return {metrics}\n")
+    with pytest.raises(TypeError, match=words):
+        cli.train("--algo", f"{name}:Careless", "--env", "probe:constant", "--steps", "60", "--quiet", sets=PPO)
 
 
 def test_what_an_agent_at_work_raises_is_no_refusal(cli: Cli, tmp_path: Path) -> None:

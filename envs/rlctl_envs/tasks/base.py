@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -173,11 +174,15 @@ class Task:
         raise NotImplementedError
 
 
-def build_task(cls: type[Task], kwargs: dict[str, Any]) -> Task:
-    """Make a task from user keywords; an unknown one is an error that names the nearest."""
-    allowed = [f.name for f in fields(cls) if f.init]
+def build_task(cls: type[Task], kwargs: dict[str, Any], others: Sequence[str] = ()) -> Task:
+    """Make a task from user keywords; an unknown one is an error that names the nearest, of `others` too.
+
+    `others` are keywords that the caller has taken for itself.
+    """
+    known = [f.name for f in fields(cls) if f.init]
+    allowed = [*known, *others]
     for key in kwargs:
-        if key not in allowed:
+        if key not in known:
             near = difflib.get_close_matches(key, allowed, n=1)
             hint = f": did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{cls.__name__} has no setting {key!r}{hint} It takes: {', '.join(allowed) or 'none'}.")
