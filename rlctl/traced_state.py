@@ -57,7 +57,10 @@ class Holdings:
         self._count = 0
         self._walk("", agent)
         self._wants = [x.requires_grad for x in self.tensors.values()]
-        self._live = [p.now for p in self._places]
+        self._live, self._empty = (
+            [p.now for p in self._places if p.values],
+            [p.now for p in self._places if not p.values],
+        )
         self._flat = [x for p in self._places for x in p.values]
 
     def same(self) -> bool:
@@ -88,7 +91,8 @@ class Holdings:
     def _identical(self) -> bool:
         """The short answer: the same objects throughout."""
         return (
-            sum(map(len, self._live)) == len(self._flat)
+            not any(map(len, self._empty))
+            and sum(map(len, self._live)) == len(self._flat)
             and all(map(operator.is_, chain.from_iterable(self._live), self._flat))
             and not self._arrays
             and [x.requires_grad for x in self.tensors.values()] == self._wants
