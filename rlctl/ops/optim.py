@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -33,6 +34,14 @@ class Adam(torch.optim.Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # a gradient scaler then unscales and skips by itself
+        self._counts: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a checkpoint."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._counts = {}
+        for k in range(len(self.param_groups)):
+            self._count_together(k)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on the parameters that have a gradient."""
@@ -46,18 +55,26 @@ class Adam(torch.optim.Adam):
         if len(grads) != sum(len(group["params"]) for group in self.param_groups):
             raise ValueError(f"{len(grads)} gradients for {len(_params(self))} parameters")
         rest = iter(grads)
-        for group in self.param_groups:
+        for k, group in enumerate(self.param_groups):
             # the kernel takes both for laid out alike, which the gradient of a sum or of a transpose is not
             pairs = [
                 (p, g if g.stride() == p.stride() else torch.empty_like(p).copy_(g))
                 for p in group["params"]
                 if (g := next(rest)) is not None
             ]
-            states = [self.state[p] or self._begin(p) for p, _ in pairs]
+            if any(not self.state[p] for p, _ in pairs):
+                for p, _ in pairs:
+                    self._begin(p)
+                self._count_together(k)
+            states = [self.state[p] for p, _ in pairs]
             steps = [s["step"] for s in states]
             if not steps:
                 continue
-            torch._foreach_add_(steps, 1)
+            count, places = self._counts.get(k, (None, ()))
+            if count is not None and len(places) == len(steps) and all(map(operator.is_, places, steps)):
+                count.add_(1)
+            else:
+                torch._foreach_add_(steps, 1)
             torch._fused_adam_(
                 [p for p, _ in pairs],
                 [g for _, g in pairs],
@@ -74,11 +91,20 @@ class Adam(torch.optim.Adam):
                 maximize=False,
             )
 
-    def _begin(self, p: Tensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        state["step"] = torch.zeros((), device=p.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        return state
+    def _begin(self, p: Tensor) -> None:
+        if not (state := self.state[p]):
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    def _count_together(self, k: int) -> None:
+        """Make the step counts of group `k` places of one tensor: a loop over numbers costs more than the kernel."""
+        states = [self.state.get(p) for p in self.param_groups[k]["params"]]
+        if all(states) and states and states[0]["step"].device.type == "cpu":  # type: ignore[index]
+            count = torch.stack([s["step"] for s in states])  # type: ignore[index]
+            places = list(count.unbind())
+            for s, place in zip(states, places, strict=True):
+                s["step"] = place  # type: ignore[index]
+            self._counts[k] = (count, places)
 
 
 def adam(params: Iterable[nn.Parameter], lr: float, eps: float = 1e-8, weight_decay: float = 0.0) -> Adam:

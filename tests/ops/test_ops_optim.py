@@ -203,3 +203,24 @@ def test_one_tensor_for_two_parameters_is_clipped_once() -> None:
 def test_options_adam_does_not_have_are_refused() -> None:
     with pytest.raises(TypeError):
         Adam([torch.nn.Parameter(torch.ones(2))], amsgrad=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("again", ["", "copied", "loaded"])
+def test_every_parameter_counts_its_own_steps(again: str) -> None:
+    """Beside torch's Adam, with a parameter that has no gradient in some steps, from the first on or later."""
+    params = [[torch.nn.Parameter(torch.full((2,), x)) for x in (1.0, 2.0, 3.0)] for _ in range(2)]
+    ours, theirs = adam(params[0], 0.1), torch.optim.Adam(params[1], 0.1, fused=True)
+    for step, present in enumerate(["110", "111", "111", "101", "111", "111"]):
+        if step == 3 and again == "copied":
+            params[0], ours = copy.deepcopy((params[0], ours))
+        elif step == 3 and again == "loaded":
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        grads = [torch.full((2,), 0.1 * (step + 1) * (k + 1)) if x == "1" else None for k, x in enumerate(present)]
+        ours.step_with(grads)
+        for p, g in zip(params[1], grads, strict=True):
+            p.grad = g
+        theirs.step()
+        for p, q in zip(*params, strict=True):
+            assert torch.equal(p, q), step
+            assert ours.state[p].get("step") == theirs.state[q].get("step")
+    assert [int(ours.state[p]["step"]) for p in params[0]] == [6, 5, 5]
