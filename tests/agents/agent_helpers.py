@@ -60,7 +60,7 @@ def xavier_uniform(module: nn.Module) -> bool:
 
 
 class Table(nn.Module):
-    """Returns one given tensor, whatever comes in; remembers its inputs. A third picks members, as of a QEnsemble."""
+    """Returns one given tensor, whatever comes in; remembers its inputs."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -69,8 +69,15 @@ class Table(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         self.seen.append(args)
-        members = args[2] if len(args) > 2 else None
-        return self.out if members is None else self.out[members]
+        return self.out
+
+
+class CriticTable(Table):
+    """The same in the place of a QEnsemble, of which few members may be asked for."""
+
+    def forward(self, obs: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        q = super().forward(obs, action)
+        return q if members is None else q[members]
 
 
 def silence(agent: Any, losses: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
+from agent_helpers import CriticTable, batch_for, differing, snapshot, tiny, transitions
 from torch import Tensor
 
 from rlctl import agents
@@ -200,7 +200,7 @@ def test_cloning_first_then_values_then_distillation() -> None:
 def test_critic_loss_by_hand(double: None) -> None:
     """Both of two critics count: y = r + 0.9 (1 - terminated) min = [1.9, 2, 0.3]."""
     agent = pa_rl(gamma=0.9, num_critics=2)
-    agent.q_lagged = Table(torch.tensor([[1.0, 5.0, -3.0], [2.0, 4.0, 7.0]]))  # type: ignore[assignment]
+    agent.q_lagged = CriticTable(torch.tensor([[1.0, 5.0, -3.0], [2.0, 4.0, 7.0]]))  # type: ignore[assignment]
     b = rows(3)._replace(
         reward=torch.tensor([1.0, 2.0, 3.0]),
         terminated=torch.tensor([False, True, False]),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import ACT_DIM, Table, batch_for, differing, snapshot, tiny
+from agent_helpers import ACT_DIM, CriticTable, batch_for, differing, snapshot, tiny
 
 from rlctl.agents.rlpd import RLPD
 
@@ -54,7 +54,7 @@ def test_backup_by_hand(double: None, entropy_backup: bool) -> None:
     batch = batch_for(agent)
     g = agent.rng["sample"].clone_state()
     q = torch.randn(3, len(batch.reward), generator=torch.Generator().manual_seed(3))
-    agent.q_lagged, agent.q = Table(q), Table(torch.zeros(3, len(batch.reward)))  # type: ignore[assignment]
+    agent.q_lagged, agent.q = CriticTable(q), CriticTable(torch.zeros(3, len(batch.reward)))  # type: ignore[assignment]
     _, logp = agent.pi(batch.next_obs).sample_log_prob(generator=g)
     pair = torch.randperm(3, generator=g)[:2].tolist()
     y = [
