@@ -382,9 +382,10 @@ def test_gpus_are_counted_among_those_one_may_use(monkeypatch: pytest.MonkeyPatc
 def test_slots() -> None:
     assert [s.cores for s in share_out([0, 1, 2, 3, 4], None, 2, [])] == [(0, 1), (2, 3)]
     assert [s.cores for s in share_out([0, 1], 4, 1, [])] == [(), (), (), ()]  # more than fit: none is pinned
+    assert [s.cores for s in share_out([0, 1, 2], 2, 1, [])] == [(), ()]  # a second grid would take the same two
     assert [s.cores for s in share_out([3], None, 2, [])] == [()]
     gpus = share_out([0, 1, 2, 3], None, 1, ["0", "2"])
-    assert [(s.cores, s.variables()["CUDA_VISIBLE_DEVICES"]) for s in gpus] == [((0,), "0"), ((1,), "2")]
+    assert [(s.cores, s.variables()["CUDA_VISIBLE_DEVICES"]) for s in gpus] == [((), "0"), ((), "2")]
     assert [s.gpu for s in share_out([0, 1, 2, 3], 4, 1, ["0", "2"])] == ["0", "2", "0", "2"]
 
 

@@ -26,11 +26,12 @@ class Slot:
 def share_out(cores: list[int], slots: int | None, threads: int, gpus: list[str]) -> list[Slot]:
     """Slots of `threads` cores each; by default as many as fit, and no more than one per GPU if there are GPUs.
 
-    More slots than fit are allowed when asked for: none of them is pinned then, and the cells share.
+    Slots are pinned when they fill the machine. More than fit are allowed when asked for, and share; where fewer are,
+    the system chooses: a second grid beside this one would otherwise keep to the same first cores, at half the speed.
     """
     fit = max(len(cores) // threads, 1)
     n = slots if slots is not None else min(fit, len(gpus)) if gpus else fit
-    pinned = n <= fit and threads <= len(cores)
+    pinned = n == fit and threads <= len(cores)
     return [
         Slot(tuple(cores[k * threads : (k + 1) * threads]) if pinned else (), gpus[k % len(gpus)] if gpus else None)
         for k in range(n)
@@ -54,8 +55,8 @@ def visible_gpus(asked: list[str]) -> list[str]:
 class LocalExecutor:
     """`slots` processes side by side; `gpus` are indices, dealt to the slots in turn.
 
-    Option: `pin` (true), whether each slot keeps to its own cores; false leaves the choice to the system, which is
-    better on a machine that does other work too.
+    Option: `pin` (true), whether each slot keeps to its own cores where the slots fill the machine; false leaves the
+    choice to the system, which is better on a machine that does other work too.
     """
 
     def __init__(
@@ -77,7 +78,10 @@ class LocalExecutor:
             self._free = [Slot((), s.gpu) for s in self._free]
         self.slots = len(self._free)
         self._pinned = bool(self._free[0].cores)
-        self._why_not = "more threads than cores" if pin else "as asked"
+        filled = self.slots * threads
+        self._why_not = (
+            "as asked" if not pin else "more threads than cores" if filled > len(cores) else "cores are left over"
+        )
         self._running: dict[str, tuple[CellProcess, Slot]] = {}
 
     def start(self, job: Job) -> None:
