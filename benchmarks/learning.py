@@ -72,6 +72,12 @@ PUBLISHED = {
     ("mdpo", "HalfCheetah-v5"): "cell not reached",
     ("mdpo-off", "Hopper-v5"): "cell not reached",
     ("mdpo-off", "HalfCheetah-v5"): "cell not reached",
+    # the GoRL paper's figures, of its own PPO too: MuJoCo Playground, whose engine and resets are others
+    ("gorl", "dmc:hopper-stand"): "180M steps on MJX: 743±200",
+    ("gorl", "dmc:walker-walk"): "180M steps on MJX: 890",
+    ("ppo", "dmc:hopper-stand"): "180M steps on MJX: 281±270",
+    ("ppo", "dmc:walker-walk"): "180M steps on MJX: 820",
+    ("expo with data", "Hopper-v5"): "no digits for this task",
     ("td3bc", "Hopper-v5"): "other data (D4RL hopper-medium-v2, 1M updates): CORL last 60.4 normalised",
 }
 
@@ -147,6 +153,12 @@ def is_offline(result: dict[str, Any]) -> bool:
     return bool(result.get("offline", result["data"] is not None))
 
 
+def name_of(result: dict[str, Any]) -> str:
+    """What an agent is called in tables and legends: its column of the suite, and whether it had data besides."""
+    with_data = " with data" if result["data"] and not is_offline(result) else ""
+    return str(result.get("column", result["algo"])) + with_data
+
+
 def offline_table(files: list[dict[str, Any]]) -> None:
     """Learners by datasets: normalised return of the last agent, mean ± std over seeds (their number)."""
     cells: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
@@ -186,10 +198,9 @@ def report() -> None:
     for r in files:
         finals = [s["final"]["return_mean"] for s in r["seeds"].values()]
         each = ", ".join(f"{v:.0f}" for v in finals)
-        reference = PUBLISHED.get((r["algo"], r["env"]), "")
-        print(
-            f"| {r['algo']} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |"
-        )
+        name = name_of(r)
+        reference = PUBLISHED.get((name, r["env"]), "")
+        print(f"| {name} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
     panels: dict[str, list[Any]] = defaultdict(list)
     for r in everything:
         length = f"{r['steps'] // 1000}k " + ("updates" if is_offline(r) else "steps")
@@ -203,9 +214,8 @@ def report() -> None:
         for i, r in enumerate(results):
             for k, s in enumerate(r["seeds"].values()):
                 xs, ys = zip(*s["curve"], strict=True)
-                name = r.get("column", r["algo"]) + (" with data" if r["data"] and not is_offline(r) else "")
                 seeds = len(r["seeds"])
-                label = f"{name} ({seeds} seed{'s' * (seeds > 1)})" if k == 0 else None
+                label = f"{name_of(r)} ({seeds} seed{'s' * (seeds > 1)})" if k == 0 else None
                 ax.plot(xs, ys, color=f"C{i}", lw=1, alpha=0.8, label=label)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("gradient steps" if "updates" in title else "environment steps")
