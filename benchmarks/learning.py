@@ -108,7 +108,7 @@ def record(folders: list[Path]) -> None:
             "seconds": {k: round(v) for k, v in run["spent_s"].items()},
         }
         column, agent, key = run.get("column") or run["algo"], dict(config["agent"]), run["config_key"]
-        if agent.get("base"):  # a run is corrected: seeds that differ in it alone belong together, whatever its folder
+        if run["algo"] == "cdsa":  # a run is corrected: seeds that differ in it alone belong together, whatever its folder
             base = json.loads((Path(agent["base"]) / "run.json").read_text())
             column = f"{run['algo']} on {base['algo']}"
             agent["base"] = f"{base['algo']} {base['config_key']}, seed {base['seed']}"
