@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py record RUN_DIR ...      # runs of rlctl -> benchmarks/results/learning/*.json
     python benchmarks/learning.py report                  # those files -> curves.png and the tables in Markdown
+    python benchmarks/learning.py picture FILE ... --out curves-of-some.png
 
 One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
 evaluation, the commit and the wall-clock; hardware, versions and physics once. Published figures live in `PUBLISHED`,
@@ -108,7 +109,7 @@ def record(folders: list[Path]) -> None:
             "seconds": {k: round(v) for k, v in run["spent_s"].items()},
         }
         column, agent, key = run.get("column") or run["algo"], dict(config["agent"]), run["config_key"]
-        if run["algo"] == "cdsa":  # a run is corrected: seeds that differ in it alone belong together, whatever its folder
+        if run["algo"] == "cdsa":  # corrects a run: seeds that differ in it alone belong together, whatever its folder
             base = json.loads((Path(agent["base"]) / "run.json").read_text())
             column = f"{run['algo']} on {base['algo']}"
             agent["base"] = f"{base['algo']} {base['config_key']}, seed {base['seed']}"
@@ -184,12 +185,6 @@ def offline_table(files: list[dict[str, Any]]) -> None:
 
 def report() -> None:
     """Print the tables and draw the curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
     everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
     offline_table([r for r in everything if is_offline(r)])
     files = [r for r in everything if not is_offline(r)]
@@ -201,17 +196,28 @@ def report() -> None:
         name = name_of(r)
         reference = PUBLISHED.get((name, r["env"]), "")
         print(f"| {name} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
+    picture(everything, FOLDER / "curves.png")
+
+
+def picture(results: list[dict[str, Any]], file: Path) -> None:
+    """Draw evaluation returns over training, a panel per task or dataset and length, a line per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     panels: dict[str, list[Any]] = defaultdict(list)
-    for r in everything:
+    for r in results:
         length = f"{r['steps'] // 1000}k " + ("updates" if is_offline(r) else "steps")
         panels[f"{r['data'] if is_offline(r) else r['env']}, {length}"].append(r)
-    cols = 3
+    cols = min(3, len(panels))
     rows = -(-len(panels) // cols)
     fig, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3.6 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    for ax, (title, results) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for i, r in enumerate(results):
+    for ax, (title, members) in zip(axes.flat, sorted(panels.items()), strict=False):
+        for i, r in enumerate(members):
             for k, s in enumerate(r["seeds"].values()):
                 xs, ys = zip(*s["curve"], strict=True)
                 seeds = len(r["seeds"])
@@ -224,8 +230,8 @@ def report() -> None:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8)
-    fig.savefig(FOLDER / "curves.png", dpi=90)
-    print(f"\ncurves: {FOLDER / 'curves.png'}", file=sys.stderr)
+    fig.savefig(file, dpi=90)
+    print(f"\ncurves: {file}", file=sys.stderr)
 
 
 def main() -> None:
@@ -233,9 +239,14 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("record", help="gather finished runs").add_argument("runs", nargs="+", type=Path)
     verbs.add_parser("report", help="table and curves")
+    draw = verbs.add_parser("picture", help="the curves of some result files")
+    draw.add_argument("files", nargs="+", type=Path)
+    draw.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     if args.verb == "record":
         record(args.runs)
+    elif args.verb == "picture":
+        picture([json.loads(f.read_text()) for f in args.files], args.out)
     else:
         report()
 
