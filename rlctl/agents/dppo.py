@@ -10,8 +10,10 @@ reset observation). With a single trained step the clip is `clip` (officially 0 
 learning rates. The chain ends in the action before it is clipped to the box. The policy's network is the plain MLP of
 `diffusion-bc`, so that its runs can be fine-tuned, and the value network a plain MLP too (officially both have residual
 blocks). From scratch observations are standardised with running statistics,
-which move after an update; a cloned policy keeps those of its data. The deterministic action takes no noise at all: the
-mean of each step, from x_K = 0 (officially x_K is drawn).
+which move after an update; a cloned policy keeps those of its data. The deterministic action is the mean of draws from
+fixed noise (officially one draw without the floor under the noise, which is not deterministic). A chain of no noise at
+all is none that PPO has seen: on Hopper the policy of one run returned 328 by it after 200k steps, 1391 by draws and
+2600 by their mean.
 """
 
 from __future__ import annotations
@@ -81,6 +83,9 @@ class DPPOConfig(OnPolicyConfig):
     """Denoising steps K, if fewer than levels (DDIM with eta 1); null: one for each level."""
     min_std: Positive = 0.1
     """Floor under the noise of every step, the last included: exploration, and the densities' smallest spread."""
+    mode_draws: Count = 32
+    """Draws from fixed noise (pairs of opposite sign, none in the last step), whose mean is the deterministic action,
+    which suits a policy with one hump per state, as rewards make it; 1: that of zero noise in all steps."""
     noise_clip: Positive = 3.0
     """The noise of a step is cut to +- this many standard deviations."""
     clip: Positive = 0.1
@@ -170,6 +175,7 @@ class DPPO(Agent):
     cfg: DPPOConfig
     discount: Tensor
     clip: Tensor
+    bank: Tensor
 
     def __init__(self, spec: Spec, cfg: DPPOConfig | None = None) -> None:
         super().__init__(spec, cfg)
@@ -201,6 +207,10 @@ class DPPO(Agent):
         self.register_buffer("clip", torch.tensor(clip), persistent=False)
         discount = [c.gamma_denoising ** (tuned - 1 - i) for i in range(tuned)]
         self.register_buffer("discount", torch.tensor(discount), persistent=False)
+        half = torch.randn(c.mode_draws // 2, *self.pi.noise_shape).clamp(-c.noise_clip, c.noise_clip)
+        half[:, -1] = 0
+        zero = torch.zeros(c.mode_draws % 2, *self.pi.noise_shape)
+        self.register_buffer("bank", torch.cat([zero, half, -half]))
 
     # -------------------------------------------------------------------------------------------------- construction
     def pretrained_agent(self) -> DiffusionBC | None:
@@ -258,16 +268,21 @@ class DPPO(Agent):
         return torch.stack(self.pi.path(obs, x, z[..., self.first :, :], first=self.first), -2)
 
     def act(self, obs: Tensor, explore: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The unclipped end of a chain, and the chain; the environment clips its own copy to [-1, 1]."""
+        """The unclipped end of a chain, and the chain; the environment clips its own copy to [-1, 1]. Without
+        `explore` the mean action of the fixed noise."""
         seen = self.obs_norm(obs)
-        if explore:
-            noise = self.pi.draw_noise(seen, generator=self.rng["action"])
-            steps = noise[..., 1:, :].clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
-            noise = torch.cat([noise[..., :1, :], steps], -2)
-        else:
-            noise = seen.new_zeros(*seen.shape[:-1], *self.pi.noise_shape)
-        chain = self.denoised(seen, noise)
+        if not explore:
+            return self.mean_action(seen), {}
+        noise = self.pi.draw_noise(seen, generator=self.rng["action"])
+        steps = noise[..., 1:, :].clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
+        chain = self.denoised(seen, torch.cat([noise[..., :1, :], steps], -2))
         return chain[..., -1, :], {"chain": chain}
+
+    def mean_action(self, obs: Tensor) -> Tensor:
+        """What `bank` ends in at normalised `obs` [..., O], clipped to the box and averaged, [..., A]."""
+        each = obs.unsqueeze(-2).expand(*obs.shape[:-1], len(self.bank), obs.shape[-1])
+        chains = self.denoised(each, self.bank.expand(*obs.shape[:-1], *self.bank.shape))
+        return chains[..., -1, :].clamp(-1, 1).mean(-2)
 
     # -------------------------------------------------------------------------------------------------------- losses
     def steps_at(self, obs: Tensor) -> Denoising:

@@ -184,6 +184,20 @@ def test_noise_is_cut_and_has_a_floor() -> None:
     assert float(chain[:, 0].detach().abs().max()) > 1.5  # x_K is drawn whole
 
 
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_the_deterministic_action_is_the_mean_of_fixed_draws(num: int) -> None:
+    agent = dppo(mode_draws=num, diffusion_steps=4)
+    obs = torch.randn(6, OBS_DIM)
+    assert agent.bank.shape == (num, 5, ACT_DIM)
+    torch.testing.assert_close(agent.bank.sum(0), torch.zeros(5, ACT_DIM), rtol=0, atol=1e-6)
+    assert not agent.bank[:, -1].any()
+    assert bool(agent.bank.any()) == (num > 1)
+    ends = [agent.denoised(agent.obs_norm(obs), z.expand(6, *z.shape))[:, -1].clamp(-1, 1) for z in agent.bank]
+    action, _ = agent.act(obs, explore=False)
+    torch.testing.assert_close(action, torch.stack(ends).mean(0))
+    assert torch.equal(action, agent.act(obs, explore=False)[0])
+
+
 def test_every_pair_is_one_denoising_step_of_one_transition() -> None:
     rows = Rows(*[torch.zeros(0)] * 2, torch.zeros(3, 2), *[torch.zeros(3)] * 3)
     pairs = all_pairs(rows)
