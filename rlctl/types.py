@@ -128,15 +128,15 @@ class Deterministic(nn.Module):
 
 
 class Sampled(nn.Module):
-    """The draw that given noise decides, of an agent whose generative policy `pi` sees `obs_norm(obs)`."""
+    """The draw of an agent that given noise decides; see `Agent.draw`."""
 
     def __init__(self, agent: Agent) -> None:
         super().__init__()
-        self.agent: Any = agent
+        self.agent = agent
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, A] for raw observations [B, O] and standard normal noise [B, ...]."""
-        return self.agent.pi.sample(self.agent.obs_norm(obs), noise=noise)
+        return self.agent.draw(obs, noise)
 
 
 class Agent(nn.Module):
@@ -226,12 +226,20 @@ class Agent(nn.Module):
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
 
+    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """What `act(obs, explore=True)` gives where its draw is `noise` [B, *pi.noise_shape], for `exportable`.
+
+        An agent that acts by more than `pi` at `obs_norm(obs)` overrides it.
+        """
+        agent: Any = self
+        return agent.pi.sample(agent.obs_norm(obs), noise=noise)
+
     def exportable(self, sampled: bool = False) -> Exportable:
         """What `rlctl export` writes: the deterministic action, a function of the observation alone.
 
         With `sampled` a draw of the policy, which takes its noise as an input, so that the exported model is a function
-        too: of an agent whose generative policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone
-        (`Policy.noise_shape`). Another agent overrides this; UsageError if it does not.
+        too: of an agent whose policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone (`Policy.noise_shape`), or
+        whose `draw` says what noise of that shape makes. Another agent overrides this; UsageError if it does not.
         """
         obs: dict[str, tuple[int, ...]] = {"obs": (self.spec.obs_dim,)}
         if not sampled:

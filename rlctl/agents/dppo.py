@@ -207,7 +207,7 @@ class DPPO(Agent):
         self.register_buffer("clip", torch.tensor(clip), persistent=False)
         discount = [c.gamma_denoising ** (tuned - 1 - i) for i in range(tuned)]
         self.register_buffer("discount", torch.tensor(discount), persistent=False)
-        half = torch.randn(c.mode_draws // 2, *self.pi.noise_shape).clamp(-c.noise_clip, c.noise_clip)
+        half = self.cut(torch.randn(c.mode_draws // 2, *self.pi.noise_shape))
         half[:, -1] = 0
         zero = torch.zeros(c.mode_draws % 2, *self.pi.noise_shape)
         self.register_buffer("bank", torch.cat([zero, half, -half]))
@@ -273,10 +273,17 @@ class DPPO(Agent):
         seen = self.obs_norm(obs)
         if not explore:
             return self.mean_action(seen), {}
-        noise = self.pi.draw_noise(seen, generator=self.rng["action"])
-        steps = noise[..., 1:, :].clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
-        chain = self.denoised(seen, torch.cat([noise[..., :1, :], steps], -2))
+        chain = self.denoised(seen, self.cut(self.pi.draw_noise(seen, generator=self.rng["action"])))
         return chain[..., -1, :], {"chain": chain}
+
+    def cut(self, noise: Tensor) -> Tensor:
+        """`noise` [..., K + 1, A] with that of the steps, not of the start, within +-noise_clip."""
+        steps = noise[..., 1:, :].clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
+        return torch.cat([noise[..., :1, :], steps], -2)
+
+    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The unclipped end of the chain of `noise`, of which a frozen policy may make the first steps."""
+        return self.denoised(self.obs_norm(obs), self.cut(noise))[..., -1, :]
 
     def mean_action(self, obs: Tensor) -> Tensor:
         """What `bank` ends in at normalised `obs` [..., O], clipped to the box and averaged, [..., A]."""

@@ -94,6 +94,11 @@ class FamO2OCQL(CQL):
         pi = self.pi(conditioned(obs, self.span(self.balance(obs).mode)))
         return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
 
+    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The draw of `act` that `noise` decides."""
+        obs = self.obs_norm(obs)
+        return self.pi(conditioned(obs, self.span(self.balance(obs).mode))).sample(noise)
+
     def here(self, b: Batch) -> TanhNormal:
         """The universal policy at s, under the coefficient it is trained at: column `beta`."""
         return self.pi(conditioned(b.obs, b.extra["beta"]))

@@ -131,6 +131,10 @@ class GoRL(PPO):
         raw = policy.raw_action(obs, code)
         return (raw.tanh() if policy.squash else raw), {"code": code, "raw_action": raw}
 
+    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The decoded action of the code that `noise` draws."""
+        return self.policy.sample(obs, noise=noise)
+
     def begin(self, stage: int) -> None:
         """Begin a stage: the new decoder acts; encoder, critic, normalisers and optimiser start from scratch."""
         if stage == 0:

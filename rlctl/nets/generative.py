@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ from rlctl.ops.diffusion import (
 )
 from rlctl.ops.flow import Method, advanced, interpolated
 
+Sampler = Literal["ddpm", "ddim"]
+ClipDiffusion = Literal["x0", "step"]
+ClipFlow = Literal["end", "step"]
+
 
 @dataclass(frozen=True)
 class Conditioned:
@@ -50,6 +54,12 @@ class Conditioned:
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """A draw [..., A]."""
         return self.policy.sample(self.obs, noise=noise, generator=generator)
+
+
+def check_choice(name: str, value: str, of: Any) -> None:
+    """ValueError if the setting `name` is none of the words of the Literal `of`."""
+    if value not in get_args(of):
+        raise ValueError(f"{name}='{value}' is not allowed: {', '.join(get_args(of))}")
 
 
 Step = int | Tensor
@@ -241,16 +251,20 @@ class DiffusionPolicy(GenerativePolicy):
         schedule: Schedule = "vp",
         steps: int = 5,
         prediction: Prediction = "eps",
-        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        sampler: Sampler = "ddpm",
         variance: Variance = "posterior",
         eta: float | None = None,
         sampling_steps: int | None = None,
         min_std: float = 0.0,
         clip: float | None = 1.0,
-        clip_at: Literal["x0", "step"] = "x0",
+        clip_at: ClipDiffusion = "x0",
         features: TimeKind = "sinusoidal",
         net: nn.Module | None = None,
     ) -> None:
+        check_choice("prediction", prediction, Prediction)
+        check_choice("sampler", sampler, Sampler)
+        check_choice("variance", variance, Variance)
+        check_choice("clip_at", clip_at, ClipDiffusion)
         eta = {"ddpm": 1.0, "ddim": 0.0}[sampler] if eta is None else eta
         alpha_bar = alpha_bars(schedule, steps)
         noisy = reverse_steps(alpha_bar, sampling_steps, eta=eta, variance=variance)
@@ -313,13 +327,17 @@ class FlowPolicy(GenerativePolicy):
         method: Method = "euler",
         noise_std: float = 0.0,
         clip: float | None = 1.0,
-        clip_at: Literal["end", "step"] = "end",
+        clip_at: ClipFlow = "end",
         features: TimeKind = "raw",
         xavier: bool = True,
         net: nn.Module | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"a flow is followed in at least one step, got {steps}")
+        if noise_std < 0:
+            raise ValueError(f"noise_std is a standard deviation, at least 0, got {noise_std}")
+        check_choice("method", method, Method)
+        check_choice("clip_at", clip_at, ClipFlow)
         super().__init__(act_dim, torch.full((steps,), noise_std), clip, clip_states=clip_at == "step")
         self.method: Method = method
         self.register_buffer("time", torch.arange(steps) / steps, persistent=False)

@@ -190,6 +190,12 @@ class EMA(Policy):
         """Draws of the slow policy."""
         return self.slow.sample(obs, num, noise, generator)
 
+    def candidates(
+        self, obs: Tensor, num: int, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The slow policy's: of edits the base actions too."""
+        return self.slow.candidates(obs, num, noise, generator)
+
     def mode(self, obs: Tensor) -> Tensor:
         """The slow policy's."""
         return self.slow.mode(obs)
@@ -218,6 +224,10 @@ class Composed(GenerativePolicy):
     """
 
     def __init__(self, policies: Sequence[GenerativePolicy], weights: Sequence[float]) -> None:
+        if not policies:
+            raise ValueError("a composition of no policies is none: give at least one")
+        for p in policies:
+            require(p, "field", by="a composition")
         first = policies[0]
         if len(policies) != len(weights) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
             raise ValueError(f"{len(policies)} policies need as many weights, at least 0, with sum 1; got {weights}")
@@ -268,7 +278,7 @@ class WarmStarted(Policy):
 
     def __init__(self, policy: GenerativePolicy, horizon: int, steps: int) -> None:
         super().__init__()
-        require(policy, "decode", by="a warm start")
+        require(policy, "decode", "field", by="a warm start")
         if policy.act_dim % horizon:
             raise ValueError(f"a policy of {policy.act_dim} numbers holds no plan of {horizon} actions of equal size")
         if not 1 <= steps <= policy.num_steps:

@@ -229,6 +229,17 @@ def test_a_cloned_policy_is_the_start_and_its_beginning_stays() -> None:
     assert moved.all()
 
 
+def test_an_exported_draw_begins_with_the_frozen_steps() -> None:
+    agent = fine_tuned(cloned(), finetune_steps=2, actor_lr=1e-2, noise_clip=1.0)
+    agent.update(batch_for(agent))
+    obs = torch.randn(6, OBS_DIM)
+    with agent.borrowed_rng(0), torch.no_grad():
+        noise = agent.pi.draw_noise(obs, generator=agent.rng["action"])
+    with agent.borrowed_rng(0), torch.no_grad():
+        action = agent.act(obs, explore=True)[0]
+        assert torch.equal(agent.exportable(sampled=True).module(obs, noise), action)
+
+
 def test_untrained_it_acts_like_the_cloned_policy_but_for_the_floor() -> None:
     """Whatever the number of steps that may move; the floor alone is small enough here to be none."""
     source, obs = cloned(), torch.randn(6, OBS_DIM)

@@ -153,6 +153,18 @@ def test_the_first_ratio_is_one(decoder: str) -> None:
 
 
 @both_decoders
+def test_an_exported_draw_is_decoded(decoder: str) -> None:
+    agent, obs = trained(decoder), torch.randn(6, OBS_DIM)
+    with agent.borrowed_rng(0):
+        noise = torch.randn(6, agent.spec.act_dim, generator=agent.rng["action"])
+    with agent.borrowed_rng(0), torch.no_grad():
+        action, extra = agent.act(obs, explore=True)
+        got = agent.exportable(sampled=True).module(obs, noise)
+    torch.testing.assert_close(got, action)
+    assert not torch.allclose(got, extra["code"].tanh(), atol=0.05)
+
+
+@both_decoders
 def test_phase_1_moves_encoder_and_critic_alone(decoder: str) -> None:
     agent = trained(decoder)
     before = snapshot(agent)

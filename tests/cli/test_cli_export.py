@@ -17,7 +17,8 @@ from cli_helpers import PPO, Cli
 from rlctl import agents, experiment
 from rlctl import export as exporting
 from rlctl.conformance.probes import write_dataset
-from rlctl.conformance.samples import tiny
+from rlctl.conformance.samples import batch_for, tiny
+from rlctl.errors import UsageError
 
 
 def observations(n: int, dim: int) -> np.ndarray:
@@ -90,6 +91,23 @@ def test_noise_is_an_input_of_a_generative_policy(name: str) -> None:
     wanted = agent.pi.sample(agent.obs_norm(obs), noise=noise).clamp(-1, 1) * 2 + torch.tensor([0.0, 2.0])
     torch.testing.assert_close(module(obs, noise), wanted)
     assert not torch.equal(module(obs, noise), module(obs, -noise))
+
+
+@pytest.mark.parametrize("name", agents.names())
+def test_an_exported_draw_is_the_agent_s_own(name: str) -> None:
+    """Of every agent that exports one: what `act` does with the same noise."""
+    agent: Any = tiny(name)
+    agent.update(batch_for(agent))
+    try:
+        given = agent.eval().exportable(sampled=True)
+    except UsageError:
+        pytest.skip("has no sampled form")
+    obs = torch.randn(5, agent.spec.obs_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), agent.borrowed_rng(3):
+        noise = torch.randn(5, *given.inputs["noise"], generator=agent.rng["action"])
+    with torch.no_grad(), agent.borrowed_rng(3):
+        action = agent.act(obs, explore=True)[0]
+        torch.testing.assert_close(given.module(obs, noise).clamp(-1, 1), action.clamp(-1, 1))
 
 
 @pytest.mark.slow

@@ -395,6 +395,18 @@ def test_gaussian_matching_loss_is_the_negative_log_likelihood(double: None) -> 
     torch.testing.assert_close(point.matching_loss(obs, action), (point(obs) - action).square().mean(-1))
 
 
+def test_unknown_words_are_refused() -> None:
+    """None of them falls back to another choice."""
+    for name, value in (("prediction", "epsilon"), ("variance", "b"), ("sampler", "euler"), ("clip_at", "end")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' is not allowed: "):
+            DiffusionPolicy(OBS, ACT, (8,), **{name: value})  # type: ignore[arg-type]
+    for name, value in (("method", "heun"), ("clip_at", "x0")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' is not allowed: "):
+            FlowPolicy(OBS, ACT, (8,), **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
+        FlowPolicy(OBS, ACT, (8,), noise_std=-0.1)
+
+
 def test_the_missing_capability_is_named() -> None:
     with pytest.raises(TypeError, match="DPPO needs a policy with chain_log_prob; FlowPolicy offers"):
         require(FlowPolicy(OBS, ACT, (8,)), "sample", "chain_log_prob", by="DPPO")

@@ -18,6 +18,7 @@ from rlctl.nets import (
     FlowPolicy,
     GaussianPolicy,
     MixturePolicy,
+    OneStepPolicy,
     TanhGaussianPolicy,
     WarmStarted,
 )
@@ -177,6 +178,14 @@ def test_an_edit_is_differentiable_in_its_own_weights_and_the_base_is_untouched(
 
 
 # ----------------------------------------------------------------------------------------------------------- slow copy
+def test_a_slow_copy_of_edits_has_the_same_candidates() -> None:
+    edited = Edited(FlowPolicy(OBS, ACT, (8,)), TanhGaussianPolicy(OBS + ACT, ACT, (8,)), 0.1, 2)
+    obs, noise = torch.randn(5, OBS), torch.randn(5, 4, 2, ACT)
+    got = EMA(edited).candidates(obs, 4, noise)
+    assert got.shape == (5, 6, ACT)
+    assert torch.equal(got, edited.candidates(obs, 4, noise))
+
+
 def test_ema() -> None:
     policy = FlowPolicy(OBS, ACT, (8,))
     ema = EMA(policy, decay=0.75, every=2, start=4)
@@ -272,6 +281,21 @@ def test_what_cannot_be_composed() -> None:
     for weights in ([0.5, 0.6], [1.5, -0.5], [1.0]):
         with pytest.raises(ValueError, match="at least 0, with sum 1"):
             Composed([base, base], weights)
+    with pytest.raises(ValueError, match="at least one"):
+        Composed([], [])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "one step", "slow copy"])
+def test_what_has_no_field_is_neither_composed_nor_started_warm(kind: str) -> None:
+    policy: Any = {
+        "gaussian": lambda: GaussianPolicy(OBS, ACT, (8,)),
+        "one step": lambda: OneStepPolicy(OBS, ACT, (8,)),
+        "slow copy": lambda: EMA(FlowPolicy(OBS, ACT, (8,))),
+    }[kind]()
+    with pytest.raises(TypeError, match="a warm start needs a policy with field; "):
+        WarmStarted(policy, 1, 1)
+    with pytest.raises(TypeError, match="a composition needs a policy with field; "):
+        Composed([policy, policy], [0.5, 0.5])
 
 
 # ---------------------------------------------------------------------------------------------------------- warm starts
