@@ -163,6 +163,23 @@ def test_the_first_ratio_is_one_for_every_step(double: None, kind: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-12)
 
 
+def test_the_first_minibatch_of_an_update_sees_what_acting_saw() -> None:
+    """Statistics of observations move after the update, so that its first ratio is that of the acting policy, 1."""
+    agent = dppo(minibatch_size=64 * 3, epochs=1)
+    agent.update(batch_for(agent, 1))
+    b = batch_for(agent)
+    with torch.no_grad():
+        chain = b.extra["chain"].flatten(0, 1)
+        acting = agent.steps_at(agent.obs_norm(b.obs.flatten(0, 1))[:, None]).log_prob(chain)
+    statistics, seen = snapshot(agent.obs_norm), []
+    loss = agent.policy_loss
+    agent.policy_loss = lambda m: seen.append((m, loss(m))) or seen[-1][1]  # type: ignore[method-assign, func-returns-value]
+    agent.update(b)
+    m = seen[0][0]
+    torch.testing.assert_close(m.logp_old.sort().values, acting.flatten().sort().values, rtol=1e-4, atol=1e-5)
+    assert differing(agent.obs_norm, statistics)
+
+
 def test_only_the_last_step_counts_at_denoising_discount_0() -> None:
     agent = dppo(gamma_denoising=0.0, normalize_advantage=False)
     rows = agent.prepare_rollout(batch_for(agent))
