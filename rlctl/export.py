@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rlctl import experiment
 from rlctl.checkpoint import write_atomically
@@ -135,6 +136,23 @@ def export(
     }
     write_atomically(out.with_name(out.name + ".json"), json.dumps(record, indent=1) + "\n")
     return out
+
+
+class Unrolled(nn.Module):
+    """A module that takes gradients in its forward pass, as the primitive operations they come to, with what these use
+    of its parameters: `torch.export` does not follow `autograd.grad`.
+    """
+
+    def __init__(self, module: nn.Module, inputs: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        examples = [torch.zeros(13, *shape) for shape in inputs.values()]
+        trace = make_fx(lambda *given: module(*given), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+        self.graph = trace(*examples)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        """What the module gives."""
+        action: Tensor = self.graph(*given)
+        return action
 
 
 def to_program(controller: Controller, given: Exportable) -> torch.export.ExportedProgram:

@@ -47,7 +47,7 @@ from rlctl.ops.ensemble import check, random_subset
 from rlctl.ops.offline import conservative_gap
 from rlctl.ops.selection import best_of, climbed, drawn, top
 from rlctl.train import OfflineRLConfig
-from rlctl.types import Batch, Count, Fraction, Metrics, NonNegative, Positive, Spec, Widths
+from rlctl.types import Batch, Count, Exportable, Fraction, Metrics, NonNegative, Positive, Spec, Widths
 
 BOUND = 1 - 1e-5
 """Actions to imitate lie within +-BOUND: at 1 a squashed Gaussian has no density."""
@@ -215,6 +215,15 @@ class PARL(OfflineLearner):
         seen = self.obs_norm(obs)
         noise = None if explore else self.bank.expand(*obs.shape[:-1], *self.bank.shape)
         return best_of(*self.optimized(seen, noise=noise, generator=self.rng["action"])), {}
+
+    def exportable(self, sampled: bool = False) -> Exportable:
+        """As of all agents, the gradients of the search written out: `torch.export` does not follow autograd."""
+        found = super().exportable(sampled)
+        if not self.cfg.search_steps:
+            return found
+        from rlctl.export import Unrolled  # it knows experiments, which know all agents
+
+        return found._replace(module=Unrolled(found.module, found.inputs))
 
     def to_imitate(self, found: Choices, uniform: Tensor | None = None) -> Tensor:
         """One action [B, A] of `found` [B, m + 1, A], the data's last: of m, by exp(Q / temperature) or the best.
