@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from rlctl.errors import UsageError
@@ -32,6 +33,14 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[tuple[Count, ...], Field(max_length=16)]
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute()) if folder else ""
+
+
+RunFolder = Annotated[str, AfterValidator(_absolute)]
+"""Names a run directory: kept whole, for a run is loaded from elsewhere than it was made."""
 
 Metrics = dict[str, Tensor]
 """Name to 0-dim tensor, on the agent's device. Names are TensorBoard tags, e.g. `losses/critic`."""
@@ -128,7 +137,7 @@ class Deterministic(nn.Module):
 
 
 class Sampled(nn.Module):
-    """The draw of an agent that given noise decides; see `Agent.draw`."""
+    """The draw of an agent that given noise decides; see `Agent.act_by`."""
 
     def __init__(self, agent: Agent) -> None:
         super().__init__()
@@ -136,7 +145,7 @@ class Sampled(nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, A] for raw observations [B, O] and standard normal noise [B, ...]."""
-        return self.agent.draw(obs, noise)
+        return self.agent.act_by(obs, noise)
 
 
 class Agent(nn.Module):
@@ -226,7 +235,7 @@ class Agent(nn.Module):
         action, _ = self.act(obs.reshape(-1, self.spec.obs_dim), explore=not deterministic)
         return action.clamp(-1, 1).reshape(*obs.shape[:-1], self.spec.act_dim).cpu().numpy(), state
 
-    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act_by(self, obs: Tensor, noise: Tensor) -> Tensor:
         """What `act(obs, explore=True)` gives where its draw is `noise` [B, *pi.noise_shape], for `exportable`.
 
         An agent that acts by more than `pi` at `obs_norm(obs)` overrides it.
@@ -239,7 +248,7 @@ class Agent(nn.Module):
 
         With `sampled` a draw of the policy, which takes its noise as an input, so that the exported model is a function
         too: of an agent whose policy is `pi`, sees `obs_norm(obs)`, and draws by noise alone (`Policy.noise_shape`), or
-        whose `draw` says what noise of that shape makes. Another agent overrides this; UsageError if it does not.
+        whose `act_by` says what noise of that shape makes. Another agent overrides this; UsageError if it does not.
         """
         obs: dict[str, tuple[int, ...]] = {"obs": (self.spec.obs_dim,)}
         if not sampled:

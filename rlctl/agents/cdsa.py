@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from rlctl.data.dataset import Dataset
@@ -35,15 +35,7 @@ from rlctl.nets.mlp import mlp
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, minimize
 from rlctl.train import OfflineConfig
-from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, Spec, Widths
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute()) if folder else ""
-
-
-RunFolder = Annotated[str, AfterValidator(_absolute)]
-"""Type of a setting that names a run directory: kept whole, for a run is loaded from elsewhere than it was made."""
+from rlctl.types import Agent, Batch, Metrics, NonNegative, Positive, RunFolder, Spec, Widths
 
 
 @dataclass(frozen=True)

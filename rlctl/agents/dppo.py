@@ -45,7 +45,7 @@ from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, frozen_copy, mean_of, minibatches, minimize
 from rlctl.ops.diffusion import Prediction, Schedule
 from rlctl.train import OnPolicyConfig
-from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, Spec, Widths
+from rlctl.types import Agent, Batch, Count, Fraction, Metrics, Positive, RunFolder, Spec, Widths
 
 LOG_PROB_RANGE = (-5.0, 2.0)
 """Log-densities of a step count within this range, per dimension, in nats."""
@@ -63,8 +63,9 @@ class DPPOConfig(OnPolicyConfig):
     """Worlds stepped side by side."""
     horizon: Count = 1000
     """Steps of each world per rollout; one update learns from num_envs * horizon transitions."""
-    pretrained: str = ""
-    """Run directory of the `diffusion-bc` run to fine-tune, read whenever the agent is built; empty: from scratch."""
+    pretrained: RunFolder = ""
+    """Run directory of the `diffusion-bc` run to fine-tune; empty: from scratch. Also needed to load the run again:
+    keep it."""
     checkpoint: str = "latest"
     """Which of its policies: latest or best."""
     finetune_steps: Count | None = None
@@ -220,6 +221,11 @@ class DPPO(Agent):
             return None
         from rlctl.experiment import load_agent  # it knows all agents, this one too
 
+        if not Path(c.pretrained).is_dir():
+            raise UsageError(
+                f"no run directory {c.pretrained}, of the policy that dppo fine-tunes: put it back, or name where it "
+                "is now (agent.pretrained in the config.yaml of the run, --set pretrained=RUN_DIR for a new one)"
+            )
         agent, settings = load_agent(Path(c.pretrained), c.checkpoint)
         if not isinstance(agent, DiffusionBC) or not isinstance(agent.cfg, DiffusionBCConfig):
             raise UsageError(
@@ -281,7 +287,7 @@ class DPPO(Agent):
         steps = noise[..., 1:, :].clamp(-self.cfg.noise_clip, self.cfg.noise_clip)
         return torch.cat([noise[..., :1, :], steps], -2)
 
-    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act_by(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The unclipped end of the chain of `noise`, of which a frozen policy may make the first steps."""
         return self.denoised(self.obs_norm(obs), self.cut(noise))[..., -1, :]
 

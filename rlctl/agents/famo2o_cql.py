@@ -94,7 +94,7 @@ class FamO2OCQL(CQL):
         pi = self.pi(conditioned(obs, self.span(self.balance(obs).mode)))
         return (pi.sample(generator=self.rng["action"]) if explore else pi.mode), {}
 
-    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act_by(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The draw of `act` that `noise` decides."""
         obs = self.obs_norm(obs)
         return self.pi(conditioned(obs, self.span(self.balance(obs).mode))).sample(noise)

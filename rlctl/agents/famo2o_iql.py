@@ -97,7 +97,7 @@ class FamO2OIQL(OfflineLearner):
         pi = self.universal(obs, self.span(self.balanced(obs).mode))
         return (pi.sample(generator=self.rng["action"]).clamp(-1, 1) if explore else pi.mode), {}
 
-    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act_by(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The draw of `act` that `noise` decides."""
         obs = self.obs_norm(obs)
         return self.universal(obs, self.span(self.balanced(obs).mode)).sample(noise).clamp(-1, 1)

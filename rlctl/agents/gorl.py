@@ -131,7 +131,7 @@ class GoRL(PPO):
         raw = policy.raw_action(obs, code)
         return (raw.tanh() if policy.squash else raw), {"code": code, "raw_action": raw}
 
-    def draw(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act_by(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The decoded action of the code that `noise` draws."""
         return self.policy.sample(obs, noise=noise)
 

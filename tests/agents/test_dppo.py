@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agent_helpers import ACT_DIM, OBS_DIM, as_dataset, batch_for, differing, snapshot, tiny, transitions
+from torch import Tensor
 
 from rlctl import agents
 from rlctl.agents.actor_critic import Rows
@@ -15,7 +16,7 @@ from rlctl.agents.diffusion_bc import DiffusionBC, DiffusionBCConfig
 from rlctl.agents.dppo import DPPO, DPPOConfig, all_pairs, clip_schedule, links
 from rlctl.errors import UsageError
 from rlctl.nets import FlowPolicy, GenerativePolicy
-from rlctl.types import Spec
+from rlctl.types import Batch, Spec
 
 SMALL: dict[str, Any] = {"num_envs": 4, "horizon": 16, "critic_hidden": (16,), "epochs": 1}
 
@@ -269,6 +270,36 @@ def test_untrained_it_acts_like_the_cloned_policy_but_for_the_floor() -> None:
         torch.testing.assert_close(chain[:, -1].clamp(-1, 1), source.pi.sample(seen, noise=noise), rtol=0, atol=1e-4)
 
 
+def test_fine_tuning_turns_a_clone_of_four_modes_to_the_rewarded_one() -> None:
+    modes = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]) * 0.8
+    source = agents.make(DiffusionBC, Spec(OBS_DIM, 2), DiffusionBCConfig(hidden=(64, 64), actor_lr=3e-3))
+    assert isinstance(source, DiffusionBC)
+    source.obs_norm.fit(torch.randn(100, OBS_DIM))
+    g = torch.Generator().manual_seed(0)
+    rows = transitions(g, 256, act_dim=2)
+    for _ in range(1200):
+        action = modes[torch.randint(4, (256,), generator=g)] + 0.05 * torch.randn(256, 2, generator=g)
+        source.update(rows._replace(obs=torch.zeros(256, OBS_DIM), action=action))
+    size = {"num_envs": 64, "horizon": 8, "minibatch_size": 512, "epochs": 4, "normalize_reward": False}
+    FineTuned.given = source
+    agent = FineTuned(Spec(OBS_DIM, 2, num_envs=64), DPPOConfig(**SMALL | size | {"actor_lr": 1e-3}))
+
+    def act(obs: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        with torch.no_grad():
+            action, extra = agent.act(obs, explore=True)
+        return action, extra, (action.unsqueeze(-2) - modes).norm(dim=-1).argmin(-1)
+
+    obs, no = torch.zeros(8, 64, OBS_DIM), torch.zeros(8, 64, dtype=torch.bool)
+    share = act(torch.zeros(2000, OBS_DIM))[2].bincount(minlength=4) / 2000
+    assert 0.1 < float(share.min()) <= float(share.max()) < 0.45
+    for _ in range(40):
+        action, extra, mode = act(obs)
+        agent.update(Batch(obs, action, (mode == 1).float(), obs, ~no, no, extra))
+    assert float((act(torch.zeros(2000, OBS_DIM))[2] == 1).float().mean()) > 0.9
+    deterministic, _ = agent.act(torch.zeros(1, OBS_DIM), explore=False)
+    assert int((deterministic - modes).norm(dim=-1).argmin()) == 1
+
+
 def test_the_value_network_can_learn_alone_first() -> None:
     agent = dppo(critic_warmup=2)
     before = snapshot(agent)
@@ -290,7 +321,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         dppo(minibatch_size=100)
     with pytest.raises(UsageError, match=r"diffusion_steps=7, but the policy of .* has 5: leave it out"):
         fine_tuned(cloned(), diffusion_steps=7)
-    with pytest.raises(UsageError, match="is not a run directory"):
+    with pytest.raises(UsageError, match=r"no run directory .*none, of the policy"):
         dppo(pretrained=str(tmp_path / "none"))
 
     class Silent(DPPO):
