@@ -69,7 +69,7 @@ def export(
     sampled: bool = False,
     out: Path | None = None,
 ) -> Path:
-    """Export a run's policy to `out` (default: RUN_DIR/export/policy.onnx or .pt2); returns the file.
+    """Export a run's policy to `out` (default: RUN_DIR/export/policy.onnx or .pt2, policy-sampled); returns the file.
 
     `sampled` exports draws of a generative policy, by noise that is an input, instead of the deterministic action.
     Its description is `out` with .json added. Raises UsageError (format, missing package, no environment) and Mismatch,
@@ -81,7 +81,7 @@ def export(
         missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
         if missing:
             raise UsageError(f"ONNX needs the packages {', '.join(missing)}: pip install 'rlctl[export]'")
-    out = out or run_dir / "export" / f"policy{SUFFIX[format]}"
+    out = out or run_dir / "export" / f"policy{'-sampled' * sampled}{SUFFIX[format]}"
     if out.suffix != SUFFIX[format]:
         raise UsageError(f"{out}: a model of format {format} is called *{SUFFIX[format]}")
     agent, settings = experiment.load_agent(run_dir, checkpoint)

@@ -15,7 +15,10 @@ def export(
     format_: Annotated[str, typer.Option("--format", help="onnx, or torch (a torch.export program, .pt2).")] = "onnx",
     checkpoint: Checkpoint = "latest",
     out: Annotated[
-        Path | None, typer.Option(help="File to write; the default is RUN_DIR/export/policy.onnx or .pt2.")
+        Path | None,
+        typer.Option(
+            help="File to write; the default is RUN_DIR/export/policy.onnx or .pt2, policy-sampled for draws."
+        ),
     ] = None,
     sampled: Annotated[
         bool,

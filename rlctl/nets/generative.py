@@ -266,6 +266,8 @@ class DiffusionPolicy(GenerativePolicy):
         check_choice("variance", variance, Variance)
         check_choice("clip_at", clip_at, ClipDiffusion)
         eta = {"ddpm": 1.0, "ddim": 0.0}[sampler] if eta is None else eta
+        if not 0 <= eta <= 1 or min_std < 0:
+            raise ValueError(f"eta lies in [0, 1] and min_std is at least 0, got eta={eta}, min_std={min_std}")
         alpha_bar = alpha_bars(schedule, steps)
         noisy = reverse_steps(alpha_bar, sampling_steps, eta=eta, variance=variance)
         calm = reverse_steps(alpha_bar, sampling_steps, eta=0.0)

@@ -94,6 +94,8 @@ class Edited(Policy):
             raise ValueError(f"beta is the size of an edit, at least 0, got {beta}")
         self.policy, self.edit, self.beta, self.num_edits = policy, edit, beta, num_edits
         self.can = frozenset({"sample"})
+        if isinstance(policy, WarmStarted):
+            raise TypeError("a warm start's noise is that of whole plans, an edit's of one action: edit its policy")
         if policy.noise_shape is not None and edit.noise_shape is not None:
             *rows, act_dim = policy.noise_shape
             self.noise_shape = (1 + (rows[0] if rows else 1), act_dim)
@@ -167,6 +169,8 @@ class EMA(Policy):
 
     def __init__(self, policy: Policy, decay: float = 0.995, every: int = 1, start: int = 0) -> None:
         super().__init__()
+        if not 0 <= decay <= 1 or every < 1:
+            raise ValueError(f"decay is a share in [0, 1] and every at least 1, got decay={decay}, every={every}")
         self.policy, self.slow = policy, frozen_copy(policy)
         self.decay, self.every, self.start = decay, every, start
         self.can, self.noise_shape = policy.can & self.OFFERS, policy.noise_shape
@@ -238,6 +242,10 @@ class Composed(GenerativePolicy):
         self.policies, self.weights = nn.ModuleList(policies), tuple(weights)
         self.can = self.can - {"matching_loss"}
 
+    def matching_loss(self, *args: object, **kwargs: object) -> Tensor:
+        """TypeError: nothing is trained."""
+        raise TypeError("a composition has no matching_loss: train its policies by theirs")
+
     def field(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """sum_j w_j field_j, [..., A]."""
         fields = [w * p.field(obs, x, t) for w, p in zip(self.weights, self._parents(), strict=True)]
@@ -279,7 +287,7 @@ class WarmStarted(Policy):
     def __init__(self, policy: GenerativePolicy, horizon: int, steps: int) -> None:
         super().__init__()
         require(policy, "decode", "field", by="a warm start")
-        if policy.act_dim % horizon:
+        if horizon < 1 or policy.act_dim % horizon:
             raise ValueError(f"a policy of {policy.act_dim} numbers holds no plan of {horizon} actions of equal size")
         if not 1 <= steps <= policy.num_steps:
             raise ValueError(f"a warm start takes 1 to {policy.num_steps} steps, not {steps}")

@@ -403,6 +403,9 @@ def test_unknown_words_are_refused() -> None:
     for name, value in (("method", "heun"), ("clip_at", "x0")):
         with pytest.raises(ValueError, match=f"{name}='{value}' is not allowed: "):
             FlowPolicy(OBS, ACT, (8,), **{name: value})  # type: ignore[arg-type]
+    for name, number in (("eta", -1.0), ("eta", 2.0), ("min_std", -0.1)):
+        with pytest.raises(ValueError, match=f"{name}={number}"):
+            DiffusionPolicy(OBS, ACT, (8,), **{name: number})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"at least 0, got -0\.1"):
         FlowPolicy(OBS, ACT, (8,), noise_std=-0.1)
 

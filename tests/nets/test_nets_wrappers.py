@@ -337,3 +337,16 @@ def test_a_warm_start_moves_the_plan_on_and_takes_the_last_steps_only() -> None:
         WarmStarted(base, 4, 2)
     with pytest.raises(ValueError, match="1 to 10 steps, not 11"):
         WarmStarted(base, 3, 11)
+
+
+def test_numbers_and_parts_that_make_no_sense_are_refused() -> None:
+    flow = FlowPolicy(OBS, ACT, (8,))
+    with pytest.raises(ValueError, match="holds no plan of 0 actions"):
+        WarmStarted(flow, 0, 1)
+    for wrong in ({"every": 0}, {"decay": 2.0}):
+        with pytest.raises(ValueError, match="every at least 1, got"):
+            EMA(flow, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a warm start's noise is that of whole plans"):
+        Edited(WarmStarted(flow, 1, 1), TanhGaussianPolicy(OBS + ACT, ACT, (8,)), 0.1)
+    with pytest.raises(TypeError, match="train its policies by theirs"):
+        Composed([flow, flow], [0.5, 0.5]).matching_loss(torch.zeros(2, OBS), torch.zeros(2, ACT))
