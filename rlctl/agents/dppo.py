@@ -13,7 +13,7 @@ blocks). From scratch observations are standardised with running statistics,
 which move after an update; a cloned policy keeps those of its data. The deterministic action is the mean of draws from
 fixed noise (officially one draw without the floor under the noise, which is not deterministic). A chain of no noise at
 all is none that PPO has seen: on Hopper the policy of one run returned 328 by it after 200k steps, 1391 by draws and
-2600 by their mean.
+2600 by the mean of 8 or 32.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DPPOConfig(OnPolicyConfig):
     """Denoising steps K, if fewer than levels (DDIM with eta 1); null: one for each level."""
     min_std: Positive = 0.1
     """Floor under the noise of every step, the last included: exploration, and the densities' smallest spread."""
-    mode_draws: Count = 32
+    mode_draws: Count = 8
     """Draws from fixed noise (pairs of opposite sign, none in the last step), whose mean is the deterministic action,
     which suits a policy with one hump per state, as rewards make it; 1: that of zero noise in all steps."""
     noise_clip: Positive = 3.0
