@@ -209,7 +209,8 @@ def picture(results: list[dict[str, Any]], file: Path) -> None:
 
     panels: dict[str, list[Any]] = defaultdict(list)
     for r in results:
-        length = f"{r['steps'] // 1000}k " + ("updates" if is_offline(r) else "steps")
+        reached = max(s["curve"][-1][0] for s in r["seeds"].values())  # more than `steps` where decoders take some too
+        length = f"{float(f'{reached:.2g}') / 1000:.0f}k " + ("updates" if is_offline(r) else "steps")
         panels[f"{r['data'] if is_offline(r) else r['env']}, {length}"].append(r)
     cols = min(3, len(panels))
     rows = -(-len(panels) // cols)
