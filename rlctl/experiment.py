@@ -295,6 +295,19 @@ def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
     return agent, settings
 
 
+def load_named(folder: str, which: str, field: str, role: str) -> tuple[Agent, Settings]:
+    """`load_agent` of the run that another agent's config names in `field`, there to be what `role` says.
+
+    UsageError where the folder is gone, as it is for who copies a run without what it was built on.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(
+            f"no run directory {folder}, of {role}: put it back, or name where it is now (agent.{field} in the "
+            f"config.yaml of the run, --set {field}=RUN_DIR for a new one)"
+        )
+    return load_agent(Path(folder), which)
+
+
 def _weights(folder: Path, which: str) -> Path:
     root = folder / "checkpoints"
     if which in ("latest", "best"):

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -104,14 +103,10 @@ class CDSA(Agent):
         self.opt_score = adam(scores, c.score_lr)
         self.opt_inverse = adam(self.inverse.parameters(), c.inverse_lr)
         if c.base:
-            from rlctl.experiment import load_agent  # it knows all agents, this one too
+            from rlctl.experiment import load_named  # it knows all agents, this one too
 
-            if not Path(c.base).is_dir():
-                raise UsageError(
-                    f"no run directory {c.base}, of the agent whose actions this one corrects: put it back, or name "
-                    "where it is now (agent.base in the config.yaml of the run, --set base=RUN_DIR for a new one)"
-                )
-            self.wrap(load_agent(Path(c.base), c.checkpoint)[0])
+            role = "the agent whose actions this one corrects"
+            self.wrap(load_named(c.base, c.checkpoint, "base", role)[0])
 
     def wrap(self, base: Agent) -> CDSA:
         """Correct the actions of `base` from now on; it is frozen. ValueError for an agent of another task."""

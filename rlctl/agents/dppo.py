@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -219,14 +218,9 @@ class DPPO(Agent):
         c, spec = self.cfg, self.spec
         if not c.pretrained:
             return None
-        from rlctl.experiment import load_agent  # it knows all agents, this one too
+        from rlctl.experiment import load_named  # it knows all agents, this one too
 
-        if not Path(c.pretrained).is_dir():
-            raise UsageError(
-                f"no run directory {c.pretrained}, of the policy that dppo fine-tunes: put it back, or name where it "
-                "is now (agent.pretrained in the config.yaml of the run, --set pretrained=RUN_DIR for a new one)"
-            )
-        agent, settings = load_agent(Path(c.pretrained), c.checkpoint)
+        agent, settings = load_named(c.pretrained, c.checkpoint, "pretrained", "the policy that dppo fine-tunes")
         if not isinstance(agent, DiffusionBC) or not isinstance(agent.cfg, DiffusionBCConfig):
             raise UsageError(
                 f"{c.pretrained} is a run of {settings.algo}: dppo fine-tunes runs of diffusion-bc, "
