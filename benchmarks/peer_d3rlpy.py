@@ -4,10 +4,10 @@
     python benchmarks/peer_d3rlpy.py rate --peer peer/bin/python --data ladder/hopper-medium-replay-v0
     python benchmarks/peer_d3rlpy.py score --peer peer/bin/python --data ladder/hopper-medium-replay-v0 --env Hopper
 
-Both sides: CPU, the same rows, batches of 256, two layers of 256 everywhere, the same learning rates and weights, CQL
-with four actions where ten are usual. `rate` trains both in turn, drawing batches included, after `--warm-up` updates
-(which matter to PRDC: a search takes as long as its policy is far from the data). `score` trains the peer alone,
-`--updates` long, and rolls its policy out in our tasks, under our protocol; ours are runs of `rlctl bench`.
+Both sides: CPU, the same rows, batches of 256, two layers of `--width` everywhere, the same learning rates and weights,
+CQL with four actions where ten are usual. `rate` trains both in turn, drawing batches included, after `--warm-up`
+updates (which matter to PRDC: a search takes as long as its policy is far from the data). `score` trains the peer
+alone, `--updates` long, and rolls its policy out in our tasks, under our protocol; ours are runs of `rlctl bench`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,25 @@ SIDE = Path(__file__).resolve().parent / "peer_d3rlpy_side.py"
 OURS: dict[str, dict[str, Any]] = {
     "td3bc": {},
     "iql": {},
-    "cql": {"hidden": (256, 256), "num_actions": 4},
+    "cql": {"num_actions": 4},
     "prdc": {},
 }
 """Our learners with what differs from their defaults, to have the peer's networks and draws."""
 
 
+def settings(algo: str, width: int) -> dict[str, Any]:
+    """What ours is told: networks of `width`, and its entry of OURS."""
+    return {"hidden": (width, width)} | OURS[algo]
+
+
 class Peer:
     """A learner of d3rlpy in a process of its own; see `peer_d3rlpy_side.py` for what it can be told."""
 
-    def __init__(self, python: str, data: Path, algo: str, updates: int, seed: int, threads: int) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    def __init__(self, args: argparse.Namespace, data: Path, algo: str, seed: int) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open for as long as the process writes to it
         self.process = subprocess.Popen(
-            [python, str(SIDE), str(data), algo, str(updates), str(seed)],
+            [args.peer, str(SIDE), str(data), algo, str(args.updates), str(seed), str(args.width)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -103,9 +108,9 @@ def rates(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     found: dict[str, Any] = {}
     for algo in args.algos:
-        agent = agents.make(algo, spec, agents.get(algo).Config(**OURS[algo]))
+        agent = agents.make(algo, spec, agents.get(algo).Config(**settings(algo, args.width)))
         agent.prepare(dataset)
-        peer = Peer(args.peer, data, algo, args.updates, 0, args.threads)
+        peer = Peer(args, data, algo, 0)
 
         def ours(n: int = args.block, agent: Agent = agent) -> float:
             start = time.perf_counter()
@@ -132,7 +137,7 @@ def scores(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     for algo in args.algos:
         for seed in args.seeds:
-            peer = Peer(args.peer, data, algo, args.updates, seed, args.threads)
+            peer = Peer(args, data, algo, seed)
             spent = 0.0
             for done in range(0, args.updates, args.block):
                 spent += peer.tell(f"go {min(args.block, args.updates - done)}")["seconds"]
@@ -176,6 +181,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=500, help="updates per measurement, a multiple of 50")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--width", type=int, default=256, help="of the two hidden layers of every network")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -189,7 +195,8 @@ def main() -> None:
         if code := subprocess.run(convert).returncode:  # it has said what is wrong
             sys.exit(code)
         found = (rates if args.what == "rate" else scores)(args, flat)
-    result = {"data": args.data, "threads": args.threads, "learners": found, "settings": OURS}
+    result = {"data": args.data, "threads": args.threads, "learners": found}
+    result["settings"] = {algo: settings(algo, args.width) for algo in args.algos}
     if args.what == "rate":
         result |= {"warm_up": args.warm_up, "block": args.block}
     write("speed-d3rlpy" if args.what == "rate" else "scores-d3rlpy", result, args.out)

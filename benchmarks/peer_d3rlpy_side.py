@@ -1,6 +1,6 @@
 """The d3rlpy half of `peer_d3rlpy.py`: runs in an environment that has d3rlpy, and knows nothing of rlctl.
 
-    PYTHON_OF_D3RLPY benchmarks/peer_d3rlpy_side.py DATA.npz ALGO UPDATES SEED
+    PYTHON_OF_D3RLPY benchmarks/peer_d3rlpy_side.py DATA.npz ALGO UPDATES SEED WIDTH
 
 Reads one command per line, answers with one line of JSON each: `go N` makes N updates and gives the seconds they took,
 drawing the batches included; then `save FILE` writes the policy as TorchScript, `describe` gives settings and versions.
@@ -30,9 +30,9 @@ EVERY = 50
 """Updates between two looks at the clock."""
 
 
-def config(algo: str, updates: int) -> Any:
-    """The learner with two layers of 256, batches of 256, and the settings ours has."""
-    nets = VectorEncoderFactory([256, 256])
+def config(algo: str, updates: int, width: int) -> Any:
+    """The learner with two layers of `width`, batches of 256, and the settings ours has."""
+    nets = VectorEncoderFactory([width, width])
     both = {"actor_encoder_factory": nets, "critic_encoder_factory": nets, "batch_size": 256}
     z_score = StandardObservationScaler(eps=1e-3)
     if algo == "td3bc":
@@ -53,7 +53,8 @@ def config(algo: str, updates: int) -> Any:
 
 
 def main() -> None:
-    data, algo, updates, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    data, algo = sys.argv[1:3]
+    updates, seed, width = map(int, sys.argv[3:6])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     d3rlpy.seed(seed)
     rows = np.load(data)
@@ -65,7 +66,7 @@ def main() -> None:
         rows["timeouts"].astype(np.float32),
         action_space=d3rlpy.ActionSpace.CONTINUOUS,
     )
-    learner = config(algo, updates).create(device="cpu:0")
+    learner = config(algo, updates, width).create(device="cpu:0")
     quiet: dict[str, Any] = {
         "n_steps_per_epoch": EVERY,
         "logging_strategy": LoggingStrategy.EPOCH,
