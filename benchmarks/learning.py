@@ -82,6 +82,9 @@ PUBLISHED = {
     ("td3bc", "Hopper-v5"): "other data (D4RL hopper-medium-v2, 1M updates): CORL last 60.4 normalised",
 }
 
+BUILT_ON = {"cdsa": ("base", "on"), "dppo": ("pretrained", "from")}
+"""Agents that take up a trained run: the field of the config that names its folder, the word for the two together."""
+
 
 def record(folders: list[Path]) -> None:
     """Merge finished runs into their result files."""
@@ -109,11 +112,12 @@ def record(folders: list[Path]) -> None:
             "seconds": {k: round(v) for k, v in run["spent_s"].items()},
         }
         column, agent, key = run.get("column") or run["algo"], dict(config["agent"]), run["config_key"]
-        if run["algo"] == "cdsa":  # corrects a run: seeds that differ in it alone belong together, whatever its folder
-            base = json.loads((Path(agent["base"]) / "run.json").read_text())
-            column = f"{run['algo']} on {base['algo']}"
-            agent["base"] = f"{base['algo']} {base['config_key']}, seed {base['seed']}"
-            key = f"{base['algo']}-{base['config_key']}"
+        field, joined = BUILT_ON.get(run["algo"], ("", ""))
+        if agent.get(field):  # seeds that differ in that run alone belong together, whatever its folder
+            other = json.loads((Path(agent[field]) / "run.json").read_text())
+            column = f"{run['algo']} {joined} {other['algo']}"
+            agent[field] = f"{other['algo']} {other['config_key']}, seed {other['seed']}"
+            key = f"{other['algo']}-{other['config_key']}"
         shared = {
             "algo": run["algo"],
             "env": env,
