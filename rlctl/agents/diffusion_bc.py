@@ -3,10 +3,10 @@
 Source: Wang et al. 2022, arXiv:2208.06193, the cloning term alone (the loss and the sampler: arXiv:2006.11239).
 Differs: nothing known of the loss. 10 levels of noise, where Diffusion-QL has 5: of four modes 1.6 apart a perfect
 network brings 96% of the draws near one with 10 levels, 63% with 5 (docs/generative.md, "How many steps"). The
-deterministic action is that of zero noise, without noise in between; where the
-data have several modes it may lie between them, so judge such a policy by `rlctl eval --stochastic`. Before update
-`ema_start` the policy that acts is a plain copy of the one that learns (the released code leaves it at its initial
-weights).
+deterministic action is that of zero noise, without noise in between: where the data have several modes it may lie
+between them, and `rlctl eval --stochastic` is the judge; where they have one and noise on it, it is the better action.
+Before update `ema_start` the policy that acts is a plain copy of the one that learns (the released code leaves it at
+its initial weights).
 """
 
 from __future__ import annotations
