@@ -1,12 +1,13 @@
 """IDQL: IQL's values beside a diffusion policy that only clones; the values choose among its draws.
 
 Source: Hansen-Estruch et al. 2023, arXiv:2304.10573, with the expectile as its loss of V (values: arXiv:2110.06169).
-Differs: no dropout in the policy's network. 32 candidates, our choice (the paper's 64 are from memory, unconfirmed). 10
-levels of noise, where the official runs have 5: with those, even a perfect network leaves three draws in ten between
-the modes of the data, where values are guesses, and it is by values that draws are chosen (docs/generative.md, "How
-many steps"). The deterministic action is the best of fixed noise; exploring takes the best of fresh draws, or with
-`implicit_policy` draws one by the weights that the expectile implies (tau where Q > V and 1 - tau elsewhere), as the
-paper does while fine-tuning online.
+Differs: no dropout in the policy's network, no cosine decay of its learning rate. The official runs take batches of
+512, two steps of the policy for each of the critics, and the best of 16, 64 or 256 draws: 256, one and 32 here. 10
+levels of noise, where they have 5: with those, even a perfect network leaves three draws in ten between the modes of
+the data, where values are guesses, and it is by values that draws are chosen (docs/generative.md, "How many steps").
+The deterministic action is the best of fixed noise; exploring takes the best of fresh draws, or with `implicit_policy`
+draws one by the weights that the expectile implies (tau where Q > V and 1 - tau elsewhere), as the paper does while
+fine-tuning online.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlctl.agents.offline_learner import OfflineLearner, note
+from rlctl.data.reward import RewardName
 from rlctl.nets import EMA, BestOfN, DiffusionPolicy, FieldResNet, Policy, QEnsemble, ValueNet, require
 from rlctl.nets.mlp import Activation, Norm
 from rlctl.ops import adam, frozen_copy, minimize, polyak
@@ -62,8 +64,8 @@ class ChosenByValueConfig(OfflineRLConfig):
 
 @dataclass(frozen=True)
 class IDQLConfig(ChosenByValueConfig):
-    """Defaults: those of the paper for MuJoCo (AntMaze: expectile 0.9), but 32 candidates and twice its levels of
-    noise."""
+    """Defaults: those of the official runs on MuJoCo (AntMaze: expectile 0.9, reward r-1), but 32 candidates and twice
+    their levels of noise."""
 
     width: Count = 256
     """Width of the policy's residual network (its blocks are four times as wide inside)."""
@@ -73,6 +75,8 @@ class IDQLConfig(ChosenByValueConfig):
     """Levels of noise T; half of them halve the cost of a draw, and blur its modes."""
     schedule: Schedule = "vp"
     """How the noise grows over the levels: vp, cosine or linear."""
+    reward: RewardName = "return-range"
+    """Reward transform: none, return-range, standardise, or a formula like r-1 (see docs/data.md)."""
 
 
 class IDQL(OfflineLearner):

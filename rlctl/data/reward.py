@@ -5,7 +5,7 @@ with it and applied to every batch in `update`: so a run that goes from offline 
 source a row comes from. Evaluation reports raw returns.
 
 - `none`: r. TD3+BC, PRDC, A2PR; CQL and ReBRAC on locomotion.
-- `return-range`: 1000 r / (highest - lowest episode return). IQL and ODICE on locomotion.
+- `return-range`: 1000 r / (highest - lowest episode return). IQL, IDQL and ODICE on locomotion.
 - `standardise`: (r - mean) / std over all rows. EDAC on Adroit.
 - a formula such as `r-1` or `10r-5`. On AntMaze: IQL `r-1`, CQL `4r-2`, Cal-QL `10r-5`, PRDC `10000r-1`, ReBRAC `100r`,
   ODICE `3r-3`. On Adroit with a binary reward: Cal-QL `10r+5`.
