@@ -139,7 +139,11 @@ def merge(name: str, shared: dict[str, Any], seed: int, result: dict[str, Any]) 
     """Add one seed to the result file `name`."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = FOLDER / f"{name.replace(':', '.')}.json"  # sb3:ppo: a colon is no part of a file name everywhere
-    seeds = json.loads(file.read_text())["seeds"] if file.exists() else {}
+    held = json.loads(file.read_text()) if file.exists() else {"agent": shared["agent"], "seeds": {}}
+    field, _ = BUILT_ON.get(shared["algo"], ("", ""))
+    if differing := [k for k, v in shared["agent"].items() if held["agent"].get(k, v) != v and k != field]:
+        sys.exit(f"{file} holds runs with another {', '.join(differing)}: move it away, or record these elsewhere")
+    seeds = held["seeds"]
     seeds[str(seed)] = result
     ordered = dict(sorted(seeds.items(), key=lambda kv: int(kv[0])))
     file.write_text(json.dumps(shared | {"seeds": ordered}, separators=(",", ":")) + "\n")
