@@ -114,6 +114,8 @@ def record(folders: list[Path]) -> None:
         column, agent, key = run.get("column") or run["algo"], dict(config["agent"]), run["config_key"]
         field, joined = BUILT_ON.get(run["algo"], ("", ""))
         if agent.get(field):  # seeds that differ in that run alone belong together, whatever its folder
+            if not (Path(agent[field]) / "run.json").exists():
+                sys.exit(f"{folder} was built on {agent[field]}, where there is no run any more: put it back")
             other = json.loads((Path(agent[field]) / "run.json").read_text())
             column = f"{run['algo']} {joined} {other['algo']}"
             agent[field] = f"{other['algo']} {other['config_key']}, seed {other['seed']}"

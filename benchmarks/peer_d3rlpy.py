@@ -43,7 +43,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cql": {"num_actions": 4},
     "prdc": {},
 }
-"""Our learners with what differs from their defaults, to have the peer's networks and draws."""
+"""Our learners with what differs from their defaults, to draw as the peer does; networks are those of `settings`."""
 
 
 def settings(algo: str, width: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """IDQL: IQL's values beside a diffusion policy that only clones; the values choose among its draws.
 
 Source: Hansen-Estruch et al. 2023, arXiv:2304.10573, with the expectile as its loss of V (values: arXiv:2110.06169).
-Differs: no dropout in the policy's network, no cosine decay of its learning rate. The official runs take batches of
-512, two steps of the policy for each of the critics, and the best of 16, 64 or 256 draws: 256, one and 32 here. 10
-levels of noise, where they have 5: with those, even a perfect network leaves three draws in ten between the modes of
+Differs: no dropout in the policy's network, no cosine decay of its learning rate. The official runs draw
+512 rows per update, for two steps of the policy and one of the critics on 256 of them, and take the best of 16, 64 or
+256 draws: 256, one and 32 here. They scale rewards on the three locomotion tasks alone, here any task's are by default.
+10 levels of noise, where they have 5: with those, even a perfect network leaves three draws in ten between the modes of
 the data, where values are guesses, and it is by values that draws are chosen (docs/generative.md, "How many steps").
 The deterministic action is the best of fixed noise; exploring takes the best of fresh draws, or with `implicit_policy`
 draws one by the weights that the expectile implies (tau where Q > V and 1 - tau elsewhere), as the paper does while

@@ -26,12 +26,12 @@ def export(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Export a trained policy as one file: raw observations in, actions in the environment's own units out.
+    r"""Export a trained policy as one file: raw observations in, actions in the environment's own units out.
 
     Normalisation and action scaling are inside; batches may have any size. The action is the deterministic one; with
     --sampled a generative policy draws it from noise, which is then a second input. The written file is run and
     compared with the agent; the largest difference stands in the JSON file beside it. ONNX needs pip install
-    'rlctl[export]'.
+    'rlctl\[export]'.
 
     [bold]Examples[/bold]
 

@@ -32,10 +32,11 @@ def video(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Film a trained agent, in real time, on a machine with or without a screen.
+    r"""Film a trained agent, in real time, on a machine with or without a screen.
 
     Which OpenGL backend works is found out by trying each in a process of its own. The pictures are looked at: if they
-    are of one colour, or nothing moves, that is an error and no file is left. An .mp4 needs pip install 'rlctl[video]'.
+    are of one colour, or nothing moves, that is an error and no file is left. An .mp4 needs
+    pip install 'rlctl\[video]'.
 
     [bold]Examples[/bold]
 

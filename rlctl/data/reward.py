@@ -20,6 +20,8 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
+from rlctl.errors import UsageError
+
 if TYPE_CHECKING:
     from rlctl.data.dataset import Dataset
 
@@ -65,7 +67,8 @@ class RewardTransform(nn.Module):
         else:
             return
         if not spread > 0:
-            raise ValueError(f"{self.name}: the rewards of '{data.id}' do not vary; use another transform")
+            what = "episode returns" if self.name == "return-range" else "rewards"
+            raise UsageError(f"reward={self.name}: the {what} of '{data.id}' do not vary; learn with --set reward=none")
         self.scale.fill_(scale / spread)
         self.shift.fill_(shift * scale / spread)
 
