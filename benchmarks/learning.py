@@ -118,7 +118,8 @@ def record(folders: list[Path]) -> None:
                 sys.exit(f"{folder} was built on {agent[field]}, where there is no run any more: put it back")
             other = json.loads((Path(agent[field]) / "run.json").read_text())
             column = f"{run['algo']} {joined} {other['algo']}"
-            agent[field] = f"{other['algo']} {other['config_key']}, seed {other['seed']}"
+            agent[field] = f"{other['algo']} {other['config_key']}"
+            seed["built_on_seed"] = other["seed"]
             key = f"{other['algo']}-{other['config_key']}"
         shared = {
             "algo": run["algo"],
@@ -142,8 +143,7 @@ def merge(name: str, shared: dict[str, Any], seed: int, result: dict[str, Any]) 
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = FOLDER / f"{name.replace(':', '.')}.json"  # sb3:ppo: a colon is no part of a file name everywhere
     held = json.loads(file.read_text()) if file.exists() else {"agent": shared["agent"], "seeds": {}}
-    field, _ = BUILT_ON.get(shared["algo"], ("", ""))
-    if differing := [k for k, v in shared["agent"].items() if held["agent"].get(k, v) != v and k != field]:
+    if differing := [k for k, v in shared["agent"].items() if held["agent"].get(k, v) != v]:
         sys.exit(f"{file} holds runs with another {', '.join(differing)}: move it away, or record these elsewhere")
     seeds = held["seeds"]
     seeds[str(seed)] = result

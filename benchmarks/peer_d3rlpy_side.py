@@ -8,6 +8,7 @@ drawing the batches included; then `save FILE` writes the policy as TorchScript,
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -53,8 +54,13 @@ def config(algo: str, updates: int, width: int) -> Any:
 
 
 def main() -> None:
-    data, algo = sys.argv[1:3]
-    updates, seed, width = map(int, sys.argv[3:6])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("algo")
+    for number in ("updates", "seed", "width"):
+        parser.add_argument(number, type=int)
+    args = parser.parse_args()
+    data, algo, updates, seed, width = args.data, args.algo, args.updates, args.seed, args.width
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     d3rlpy.seed(seed)
     rows = np.load(data)

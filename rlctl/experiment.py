@@ -298,11 +298,11 @@ def load_agent(folder: Path, which: str = "latest") -> tuple[Agent, Settings]:
 def load_named(folder: str, which: str, field: str, role: str) -> tuple[Agent, Settings]:
     """`load_agent` of the run that another agent's config names in `field`, there to be what `role` says.
 
-    UsageError where the folder is gone, as it is for who copies a run without what it was built on.
+    UsageError where the run is gone, as it is for who copies a run without what it was built on.
     """
-    if not Path(folder).is_dir():
+    if not (Path(folder) / "config.yaml").is_file():
         raise UsageError(
-            f"no run directory {folder}, of {role}: put it back, or name where it is now (agent.{field} in the "
+            f"no run in {folder}, of {role}: put it back, or name where it is now (agent.{field} in the "
             f"config.yaml of the run, --set {field}=RUN_DIR for a new one)"
         )
     return load_agent(Path(folder), which)
@@ -423,7 +423,7 @@ def _carry_out(
     env: VecEnv | None = None
     data: Dataset | None = None
     run: Run | None = None
-    started = refused = full = False
+    recorded = started = refused = full = False
     try:
         device, why = pick_device(settings.device, settings)
         _use(device)
@@ -459,6 +459,9 @@ def _carry_out(
             follow=folder if rank else None,
             on_begin=record_transforms,
         )
+        agent = agents.make(settings.cls, spec, part.agent)  # before the records: a refused resume changes none
+        if not alone:
+            _share_agent(agent, rank, settings.seed)
         if mine is not None:
             checkpoint.write_atomically(mine / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False))
         _record(
@@ -477,9 +480,7 @@ def _carry_out(
             },
             begin=not resume,
         )
-        agent = agents.make(settings.cls, spec, part.agent)
-        if not alone:
-            _share_agent(agent, rank, settings.seed)
+        recorded = True
         chosen = settings.run
         report = accelerate(
             agent,
@@ -513,7 +514,7 @@ def _carry_out(
         ours = (UsageError, MemoryError) if started else (ValueError, MemoryError)
         refused = isinstance(e, ours) and not resume and (run is None or run.progress == 0)
         full = mine is not None and checkpoint.disk_full(e)
-        if run is not None:
+        if run is not None and (recorded or not resume):
             with contextlib.suppress(OSError) if full else contextlib.nullcontext():
                 _record(mine, settings, {"status": "failed", "error": f"{type(e).__name__}: {e}"})
         if mine is not None and full:

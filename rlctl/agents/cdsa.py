@@ -45,7 +45,7 @@ class CDSAConfig(OfflineConfig):
     """Run directory of the trained agent whose actions to correct, of any algorithm. Needed, also to load the run
     again: keep it where it is."""
     checkpoint: str = "latest"
-    """Which of its agents: latest or best."""
+    """Which of its agents: latest, best (of the evaluations in training), or the STEP of one."""
     steps: Annotated[int, Field(ge=1)] = 100_000
     """Gradient steps of the score and the inverse model."""
     action_step: NonNegative = 0.2

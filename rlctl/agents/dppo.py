@@ -66,7 +66,7 @@ class DPPOConfig(OnPolicyConfig):
     """Run directory of the `diffusion-bc` run to fine-tune; empty: from scratch. Also needed to load the run again:
     keep it."""
     checkpoint: str = "latest"
-    """Which of its policies: latest or best."""
+    """Which of its policies: latest, best (of the evaluations in training), or the STEP of one."""
     finetune_steps: Count | None = None
     """K': only the last K' denoising steps are trained, a frozen copy of the cloned policy makes the others; null: all
     are."""

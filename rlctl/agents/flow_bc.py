@@ -1,8 +1,8 @@
 """Behaviour cloning with a flow policy: imitates every mode of the data instead of their mean.
 
 Source: Park et al. 2025, arXiv:2502.02538, the flow's loss alone (flow matching: arXiv:2210.02747).
-Differs: nothing known of the loss. Actions come from an average over updates, as in `diffusion-bc`; the deterministic
-action is that of zero noise, which may lie between the modes of the data.
+Differs: nothing known of the loss. Actions come from an average over updates, as in `diffusion-bc`; so does the choice
+of zero noise as the deterministic action, with what is said there of data with several modes and with noise.
 """
 
 from __future__ import annotations

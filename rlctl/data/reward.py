@@ -60,13 +60,13 @@ class RewardTransform(nn.Module):
         """Take what the transform needs from the dataset; ValueError where it leaves nothing to divide by."""
         if self.name == "return-range":
             low, high = return_range(data)
-            spread, scale, shift = high - low, 1000.0, 0.0
+            spread, size, scale, shift = high - low, max(abs(low), abs(high)), 1000.0, 0.0
         elif self.name == "standardise":
             std, mean = torch.std_mean(data.rows.reward.double(), correction=0)
-            spread, scale, shift = float(std), 1.0, -float(mean)
+            spread, size, scale, shift = float(std), abs(float(mean)), 1.0, -float(mean)
         else:
             return
-        if not spread > 0:
+        if not spread > size * torch.finfo(torch.float32).eps:  # rounded rewards alone make that much
             what = "episode returns" if self.name == "return-range" else "rewards"
             raise UsageError(f"reward={self.name}: the {what} of '{data.id}' do not vary; learn with --set reward=none")
         self.scale.fill_(scale / spread)

@@ -231,10 +231,9 @@ def test_a_base_is_needed_and_has_to_fit(tmp_path: Path) -> None:
             use()
     with pytest.raises(ValueError, match="the two are not the same"):
         agents.make(CDSA, Spec(OBS_DIM + 1, ACT_DIM), CDSAConfig(hidden=(8,))).wrap(tiny("td3bc"))
-    with pytest.raises(UsageError, match="not a run directory"):
-        agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), CDSAConfig(base=str(tmp_path)))
-    with pytest.raises(UsageError, match=f"no run directory {tmp_path / 'gone'}, of the agent whose actions"):
-        agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), CDSAConfig(base=str(tmp_path / "gone")))
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(UsageError, match=f"no run in {folder}, of the agent whose actions"):
+            agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), CDSAConfig(base=str(folder)))
 
 
 def test_the_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,7 +321,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         dppo(minibatch_size=100)
     with pytest.raises(UsageError, match=r"diffusion_steps=7, but the policy of .* has 5: leave it out"):
         fine_tuned(cloned(), diffusion_steps=7)
-    with pytest.raises(UsageError, match=r"no run directory .*none, of the policy"):
+    with pytest.raises(UsageError, match=r"no run in .*none, of the policy"):
         dppo(pretrained=str(tmp_path / "none"))
 
     class Silent(DPPO):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,17 @@ def test_bad_data_is_refused_before_training(
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.npz"]
 
 
+def test_rewards_that_nothing_can_scale_leave_no_run(cli: Cli, tmp_path: Path) -> None:
+    """Episodes of one return: IDQL scales by their range, which `prepare` finds out, after the run has its folder."""
+    npz(tmp_path / "flat.npz", rewards=np.ones(40, np.float32))
+    sets = ["width=8", "batch_size=8", "run.final_episodes=0", "run.evaluations=1"]
+    given = [x for s in sets for x in ("--set", s)]
+    made = ["train", "--algo", "idql", "--data", "flat.npz", "--env", "Hopper", "--steps", "5", "--quiet", *given]
+    refused(cli(*made, "--out", "flat"), "returns of 'flat' do not vary", "--set reward=none")
+    assert not Path("flat").exists()
+    assert cli(*made, "--out", "flat", "--set", "reward=none").code == 0
+
+
 def test_a_cut_file_and_a_wrong_id_are_refused_before_training(cli: Cli, tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz")
     path.write_bytes(path.read_bytes()[:-700])
@@ -314,7 +326,14 @@ def test_cdsa_corrects_runs_of_any_algorithm(
             assert (cli("eval", tmp_path / out, "--episodes", "3", "--json").json["returns"] == theirs) == same
             monkeypatch.chdir(tmp_path)
     refused(cli(*made, "--out", "none"), "--set base=RUN_DIR")
-    refused(
-        cli(*made, "--out", "none", "--set", "base=nowhere"), "no run directory", "nowhere, of the agent whose actions"
-    )
+    refused(cli(*made, "--out", "none", "--set", "base=nowhere"), "no run in", "nowhere, of the agent whose actions")
     assert not Path("none").exists()
+
+    shutil.copytree(ppo_run, "lent")
+    assert cli(*made, "--out", "built", *[x for s in [*sets, "base=lent"] for x in ("--set", s)]).code == 0
+    shutil.rmtree("lent")
+    kept = {p: (Path("built") / p).read_bytes() for p in ("run.json", "config.yaml")}
+    refused(cli("resume", "built", "--steps", "9"), "no run in", "put it back")
+    assert {p: (Path("built") / p).read_bytes() for p in kept} == kept  # still finished, with the steps it made
+    shutil.copytree(ppo_run, "lent")
+    assert cli("resume", "built", "--steps", "9", "--quiet").code == 0

@@ -148,6 +148,8 @@ def test_return_range_and_standardise() -> None:
     for name in ("return-range", "standardise"):
         with pytest.raises(ValueError, match="do not vary"):
             RewardTransform(name).fit(dataset([1.0, 1], [1, 2]))
+        with pytest.raises(ValueError, match="do not vary"):  # but for the rounding
+            RewardTransform(name).fit(dataset([100.0, 100 + 5e-6], [1, 2]))
 
 
 def test_return_range_of_published_code() -> None:
