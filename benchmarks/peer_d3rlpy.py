@@ -4,10 +4,11 @@
     python benchmarks/peer_d3rlpy.py rate --peer peer/bin/python --data ladder/hopper-medium-replay-v0
     python benchmarks/peer_d3rlpy.py score --peer peer/bin/python --data ladder/hopper-medium-replay-v0 --env Hopper
 
-Both sides: CPU, the same rows, batches of 256, two layers of `--width` everywhere, the same learning rates and weights,
-CQL with four actions where ten are usual. `rate` trains both in turn, drawing batches included, after `--warm-up`
-updates (which matter to PRDC: a search takes as long as its policy is far from the data). `score` trains the peer
-alone, `--updates` long, and rolls its policy out in our tasks, under our protocol; ours are runs of `rlctl bench`.
+Both sides: CPU, the same rows, batches of `--batch`, two layers of `--width` everywhere, the same learning rates and
+weights, CQL with four actions where ten are usual. `rate` trains both in turn, drawing batches included, after
+`--warm-up` updates (which matter to PRDC: a search takes as long as its policy is far from the data). `score` trains
+the peer alone, `--updates` long, and rolls its policy out in our tasks, under our protocol; ours are runs of
+`rlctl bench`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ OURS: dict[str, dict[str, Any]] = {
 """Our learners with what differs from their defaults, to draw as the peer does; networks are those of `settings`."""
 
 
-def settings(algo: str, width: int) -> dict[str, Any]:
-    """What ours is told: networks of `width`, and its entry of OURS."""
-    return {"hidden": (width, width)} | OURS[algo]
+def settings(algo: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What ours is told: the sizes asked for, and its entry of OURS."""
+    return {"hidden": (args.width, args.width), "batch_size": args.batch} | OURS[algo]
 
 
 class Peer:
@@ -58,7 +59,7 @@ class Peer:
         env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open for as long as the process writes to it
         self.process = subprocess.Popen(
-            [args.peer, str(SIDE), str(data), algo, str(args.updates), str(seed), str(args.width)],
+            [args.peer, str(SIDE), str(data), algo, *map(str, (args.updates, seed, args.width, args.batch))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -108,14 +109,14 @@ def rates(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     found: dict[str, Any] = {}
     for algo in args.algos:
-        agent = agents.make(algo, spec, agents.get(algo).Config(**settings(algo, args.width)))
+        agent = agents.make(algo, spec, agents.get(algo).Config(**settings(algo, args)))
         agent.prepare(dataset)
         peer = Peer(args, data, algo, 0)
 
         def ours(n: int = args.block, agent: Agent = agent) -> float:
             start = time.perf_counter()
             for _ in range(n):
-                agent.update(dataset.sample(256))
+                agent.update(dataset.sample(args.batch))
             return n / (time.perf_counter() - start)
 
         def theirs(peer: Peer = peer) -> float:
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--width", type=int, default=256, help="of the two hidden layers of every network")
+    parser.add_argument("--batch", type=int, default=256, help="rows of a batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -196,7 +198,7 @@ def main() -> None:
             sys.exit(code)
         found = (rates if args.what == "rate" else scores)(args, flat)
     result = {"data": args.data, "threads": args.threads, "learners": found}
-    result["settings"] = {algo: settings(algo, args.width) for algo in args.algos}
+    result["settings"] = {algo: settings(algo, args) for algo in args.algos}
     if args.what == "rate":
         result |= {"warm_up": args.warm_up, "block": args.block}
     write("speed-d3rlpy" if args.what == "rate" else "scores-d3rlpy", result, args.out)

@@ -1,6 +1,6 @@
 """The d3rlpy half of `peer_d3rlpy.py`: runs in an environment that has d3rlpy, and knows nothing of rlctl.
 
-    PYTHON_OF_D3RLPY benchmarks/peer_d3rlpy_side.py DATA.npz ALGO UPDATES SEED WIDTH
+    PYTHON_OF_D3RLPY benchmarks/peer_d3rlpy_side.py DATA.npz ALGO UPDATES SEED WIDTH BATCH
 
 Reads one command per line, answers with one line of JSON each: `go N` makes N updates and gives the seconds they took,
 drawing the batches included; then `save FILE` writes the policy as TorchScript, `describe` gives settings and versions.
@@ -31,10 +31,10 @@ EVERY = 50
 """Updates between two looks at the clock."""
 
 
-def config(algo: str, updates: int, width: int) -> Any:
-    """The learner with two layers of `width`, batches of 256, and the settings ours has."""
+def config(algo: str, updates: int, width: int, batch: int) -> Any:
+    """The learner with two layers of `width`, batches of `batch` rows, and the settings ours has."""
     nets = VectorEncoderFactory([width, width])
-    both = {"actor_encoder_factory": nets, "critic_encoder_factory": nets, "batch_size": 256}
+    both = {"actor_encoder_factory": nets, "critic_encoder_factory": nets, "batch_size": batch}
     z_score = StandardObservationScaler(eps=1e-3)
     if algo == "td3bc":
         return TD3PlusBCConfig(**both, observation_scaler=z_score)
@@ -57,13 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("algo")
-    for number in ("updates", "seed", "width"):
+    for number in ("updates", "seed", "width", "batch"):
         parser.add_argument(number, type=int)
     args = parser.parse_args()
-    data, algo, updates, seed, width = args.data, args.algo, args.updates, args.seed, args.width
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    d3rlpy.seed(seed)
-    rows = np.load(data)
+    d3rlpy.seed(args.seed)
+    rows = np.load(args.data)
     dataset = d3rlpy.dataset.MDPDataset(
         rows["observations"],
         rows["actions"],
@@ -72,14 +71,14 @@ def main() -> None:
         rows["timeouts"].astype(np.float32),
         action_space=d3rlpy.ActionSpace.CONTINUOUS,
     )
-    learner = config(algo, updates, width).create(device="cpu:0")
+    learner = config(args.algo, args.updates, args.width, args.batch).create(device="cpu:0")
     quiet: dict[str, Any] = {
         "n_steps_per_epoch": EVERY,
         "logging_strategy": LoggingStrategy.EPOCH,
         "logger_adapter": NoopAdapterFactory(),
         "show_progress": False,
     }
-    if algo == "prdc":  # it indexes its rows in `fit` alone
+    if args.algo == "prdc":  # it indexes its rows in `fit` alone
         learner.fit(dataset, n_steps=EVERY, **quiet)
     steps = learner.fitter(dataset, n_steps=10**9, **quiet)
     for line in sys.stdin:
