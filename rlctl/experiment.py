@@ -124,7 +124,7 @@ def resolve(algo: str | None, layers: list[Mapping[str, Any]]) -> Settings:
     env = rlctl_envs.canonical(top["env"]) if top.get("env") else None
     if "data" in cls.sources() and not top.get("data"):
         raise UsageError(
-            f"{algo} learns from a dataset: give one with --data (a Minari id, or the path of an .hdf5 file)"
+            f"{algo} learns from a dataset: give one with --data (a Minari id, or the path of an .hdf5 or .npz file)"
         )
     if "env" in cls.sources() and not env:
         raise UsageError(f"{algo} learns in an environment: give one with --env, `rlctl envs` lists them")

@@ -198,7 +198,7 @@ def find(name: str) -> Path:
         return shipped[name]
     close = get_close_matches(name, shipped, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'?" if close else "give the path of a .yaml file"
-    raise UsageError(f"no suite '{name}': {hint} Shipped are {', '.join(shipped) or 'none'}")
+    raise UsageError(f"no suite '{name}': {hint}; shipped are {', '.join(shipped) or 'none'}")
 
 
 class _SafeLoader(yaml.SafeLoader):
