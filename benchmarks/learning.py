@@ -1,7 +1,7 @@
 """Learning evidence: gather finished runs into small result files, draw their curves, print the table.
 
     python benchmarks/learning.py record RUN_DIR ...      # runs of rlctl -> benchmarks/results/learning/*.json
-    python benchmarks/learning.py report                  # those files -> curves.png and the tables in Markdown
+    python benchmarks/learning.py report                  # those files -> two pictures and the tables in Markdown
     python benchmarks/learning.py picture FILE ... --out curves-of-some.png
 
 One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
@@ -206,11 +206,16 @@ def report() -> None:
         name = name_of(r)
         reference = PUBLISHED.get((name, r["env"]), "")
         print(f"| {name} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
-    picture(everything, FOLDER / "curves.png")
+    for part, name in ((files, "curves.png"), ([r for r in everything if is_offline(r)], "curves-offline.png")):
+        if part:
+            picture(part, FOLDER / name)
 
 
 def picture(results: list[dict[str, Any]], file: Path) -> None:
-    """Draw evaluation returns over training, a panel per task or dataset and length, a line per seed."""
+    """Draw evaluation returns over training, a panel per task or dataset and length, a line per seed.
+
+    A name has one colour and dash in all panels; legends stand beside the panels, the highest at the end on top.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -222,26 +227,39 @@ def picture(results: list[dict[str, Any]], file: Path) -> None:
         reached = max(s["curve"][-1][0] for s in r["seeds"].values())  # more than `steps` where decoders take some too
         length = f"{float(f'{reached:.2g}') / 1000:.0f}k " + ("updates" if is_offline(r) else "steps")
         panels[f"{r['data'] if is_offline(r) else r['env']}, {length}"].append(r)
-    cols = min(3, len(panels))
+    look = {
+        name: {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+        for i, name in enumerate(sorted({name_of(r) for r in results}))
+    }
+    longest = max(len(members) for members in panels.values())
+    cols = min(3 if longest < 10 else 2, len(panels))
     rows = -(-len(panels) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(5 * cols, 3.6 * rows), squeeze=False, layout="constrained")
+    size = (6.6 * cols, max(3.6, 0.2 * longest) * rows)
+    fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for ax, (title, members) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for i, r in enumerate(members):
+        for r in sorted(members, key=lambda r: -statistics.fmean(s["curve"][-1][1] for s in r["seeds"].values())):
             for k, s in enumerate(r["seeds"].values()):
                 xs, ys = zip(*s["curve"], strict=True)
-                seeds = len(r["seeds"])
-                label = f"{name_of(r)} ({seeds} seed{'s' * (seeds > 1)})" if k == 0 else None
-                ax.plot(xs, ys, color=f"C{i}", lw=1, alpha=0.8, label=label)
+                label = f"{name_of(r)} ({len(r['seeds'])})" if k == 0 else None
+                ax.plot(xs, ys, **look[name_of(r)], lw=1.2, alpha=0.8, label=label)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("gradient steps" if "updates" in title else "environment steps")
         ax.set_ylabel("evaluation return")
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        ax.legend(
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+            title="agent (seeds)",
+            title_fontsize=8,
+        )
     fig.savefig(file, dpi=90)
+    plt.close(fig)
     print(f"\ncurves: {file}", file=sys.stderr)
 
 

@@ -113,7 +113,7 @@ def test_the_table_of_learners_by_sets(
         "| bc | 50 | 5.0 (1) / 29.8 |",
         "| iql | 50 | 11.0 ± 1.4 (2) / 97.4 |",
     ]
-    assert (results / "curves.png").stat().st_size > 1000
+    assert (results / "curves-offline.png").stat().st_size > 1000
     script.record([made(tmp_path / "c", "bc", 0, "other", {})])
     with pytest.raises(SystemExit, match="two configs of bc on hopper-medium-replay"):
         script.report()
