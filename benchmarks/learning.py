@@ -196,8 +196,9 @@ def offline_table(files: list[dict[str, Any]]) -> None:
 def report() -> None:
     """Print the tables and draw the curves."""
     everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
-    offline_table([r for r in everything if is_offline(r)])
+    offline = [r for r in everything if is_offline(r)]
     files = [r for r in everything if not is_offline(r)]
+    offline_table(offline)
     print("| algorithm | task | steps | seeds | final return, mean ± std over seeds | each seed | published |")
     print("|---|---|---|---|---|---|---|")
     for r in files:
@@ -206,7 +207,7 @@ def report() -> None:
         name = name_of(r)
         reference = PUBLISHED.get((name, r["env"]), "")
         print(f"| {name} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
-    for part, name in ((files, "curves.png"), ([r for r in everything if is_offline(r)], "curves-offline.png")):
+    for part, name in ((files, "curves.png"), (offline, "curves-offline.png")):
         if part:
             picture(part, FOLDER / name)
 

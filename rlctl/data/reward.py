@@ -57,7 +57,7 @@ class RewardTransform(nn.Module):
 
     @torch.no_grad()
     def fit(self, data: Dataset) -> None:
-        """Take what the transform needs from the dataset; ValueError where it leaves nothing to divide by."""
+        """Take what the transform needs from the dataset; UsageError where it leaves nothing to divide by."""
         if self.name == "return-range":
             low, high = return_range(data)
             spread, size, scale, shift = high - low, max(abs(low), abs(high)), 1000.0, 0.0
