@@ -206,12 +206,14 @@ def _monitor_seconds(folder: Path) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------------- TensorBoard
 def tensorboard(folder: Path, root: Path) -> list[RunRecord]:
-    """The run whose event files lie in `folder`, or none where they hold no return."""
+    """The run whose event files lie in `folder`, or none where they hold no return. ValueError if they hold nothing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 10, "images": 1, "histograms": 1})
     log.Reload()
     tags = log.Tags()
+    if not any(tags.values()):  # TensorBoard passes over what it cannot read, and a run that died at once wrote nothing
+        raise ValueError("no event in it")
     tag = next((t for t in TAGS if t in tags["scalars"]), None)
     if tag is None:
         return []

@@ -135,6 +135,16 @@ def test_csv(tmp_path: Path) -> None:
         runs.load([tmp_path / "notes.txt"])
 
 
+@pytest.mark.parametrize("content", [b"", b"not a record of TensorBoard at all"])
+def test_events_without_an_event_are_listed(tmp_path: Path, content: bytes) -> None:
+    """A run that died at once is not left out of the count of runs."""
+    (tmp_path / "PPO_1").mkdir()
+    (tmp_path / "PPO_1" / "events.out.tfevents.1.host").write_bytes(content)
+    (record,) = runs.load([tmp_path])
+    assert record.status == "unreadable"
+    assert "events.out.tfevents.1.host, or what lies beside it, cannot be read: ValueError: no event" in record.note
+
+
 TORN = ["npz cut off", "npz of other arrays", "args.yml", "monitor.csv", "scores.csv", "events"]
 
 
