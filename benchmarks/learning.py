@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py record RUN_DIR ...      # runs of rlctl -> benchmarks/results/learning/*.json
     python benchmarks/learning.py report                  # those files -> two pictures and the tables in Markdown
+    python benchmarks/learning.py report --into FILE      # the tables in place of those that stand in FILE
     python benchmarks/learning.py picture FILE ... --out curves-of-some.png
 
 One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
@@ -81,6 +82,9 @@ PUBLISHED = {
     ("expo with data", "Hopper-v5"): "no digits for this task",
     ("td3bc", "Hopper-v5"): "other data (D4RL hopper-medium-v2, 1M updates): CORL last 60.4 normalised",
 }
+
+OFFLINE_HEAD, ONLINE_HEAD = "| learner | updates | ", "| algorithm | task | steps | "
+"""How the two tables begin."""
 
 BUILT_ON = {"cdsa": ("base", "on"), "dppo": ("pretrained", "from")}
 """Agents that take up a trained run: the field of the config that names its folder, the word for the two together."""
@@ -170,8 +174,8 @@ def name_of(result: dict[str, Any]) -> str:
     return str(result.get("column", result["algo"])) + with_data
 
 
-def offline_table(files: list[dict[str, Any]]) -> None:
-    """Learners by datasets: normalised return of the last agent, mean ± std over seeds (their number)."""
+def offline_table(files: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table, learners by datasets: normalised return of the last agent, mean ± std over seeds (how many)."""
     cells: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
     for r in files:
         scores = [s["final"]["normalized_score"] for s in r["seeds"].values()]
@@ -186,27 +190,55 @@ def offline_table(files: list[dict[str, Any]]) -> None:
         there = D4RL.get(r["algo"] if r.get("column") not in D4RL else r["column"], {}).get(short)
         row[kind] = cell + (f" / {there}" if there else "")
     sets = sorted({kind for row in cells.values() for kind in row})
-    print("| learner | updates | " + " | ".join(sets) + " |")
-    print("|---" * (len(sets) + 2) + "|")
+    lines = [f"{OFFLINE_HEAD}{' | '.join(sets)} |", "|---" * (len(sets) + 2) + "|"]
     for (name, steps), row in sorted(cells.items()):
-        print(f"| {name} | {steps:,} | " + " | ".join(row.get(kind, "") for kind in sets) + " |")
-    print()
+        lines.append(f"| {name} | {steps:,} | " + " | ".join(row.get(kind, "") for kind in sets) + " |")
+    return lines
 
 
-def report() -> None:
-    """Print the tables and draw the curves."""
-    everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
-    offline = [r for r in everything if is_offline(r)]
-    files = [r for r in everything if not is_offline(r)]
-    offline_table(offline)
-    print("| algorithm | task | steps | seeds | final return, mean ± std over seeds | each seed | published |")
-    print("|---|---|---|---|---|---|---|")
+def online_table(files: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table of agents in environments: return of the last agent, mean ± std over seeds, and each seed."""
+    lines = [f"{ONLINE_HEAD}seeds | final return, mean ± std over seeds | each seed | published |", "|---" * 7 + "|"]
     for r in files:
         finals = [s["final"]["return_mean"] for s in r["seeds"].values()]
         each = ", ".join(f"{v:.0f}" for v in finals)
         name = name_of(r)
         reference = PUBLISHED.get((name, r["env"]), "")
-        print(f"| {name} | {r['env']} | {r['steps']:,} | {len(finals)} | {spread(finals)} | {each} | {reference} |")
+        cells = (name, r["env"], f"{r['steps']:,}", len(finals), spread(finals), each, reference)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def replaced(text: str, table: list[str], head: str) -> str:
+    """`text` with `table` in place of the one table that begins with `head`. ValueError unless there is just one."""
+    old = text.splitlines()
+    starts = [i for i, line in enumerate(old) if line.startswith(head)]
+    if len(starts) != 1:
+        raise ValueError(f"{len(starts)} tables begin with '{head}': there must be one to replace")
+    end = next((i for i in range(starts[0], len(old)) if not old[i].startswith("|")), len(old))
+    return "\n".join([*old[: starts[0]], *table, *old[end:]]) + "\n"
+
+
+def results() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The recorded results: of learners on data, and of agents in environments."""
+    everything = [json.loads(f.read_text()) for f in sorted(FOLDER.glob("*.json"))]
+    return [r for r in everything if is_offline(r)], [r for r in everything if not is_offline(r)]
+
+
+def report(into: Path | None = None) -> None:
+    """Print the tables, or put them in the place of those in `into`, and draw the curves."""
+    offline, files = results()
+    tables = {OFFLINE_HEAD: offline_table(offline), ONLINE_HEAD: online_table(files)}
+    if into is None:
+        print("\n\n".join("\n".join(lines) for lines in tables.values()))
+    else:
+        text = into.read_text()
+        try:
+            for head, lines in tables.items():
+                text = replaced(text, lines, head)
+        except ValueError as e:
+            sys.exit(f"{into}: {e}")
+        into.write_text(text)
     for part, name in ((files, "curves.png"), (offline, "curves-offline.png")):
         if part:
             picture(part, FOLDER / name)
@@ -268,7 +300,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("record", help="gather finished runs").add_argument("runs", nargs="+", type=Path)
-    verbs.add_parser("report", help="table and curves")
+    tables = verbs.add_parser("report", help="tables and curves")
+    tables.add_argument("--into", type=Path, metavar="FILE", help="replace the tables in this Markdown file")
     draw = verbs.add_parser("picture", help="the curves of some result files")
     draw.add_argument("files", nargs="+", type=Path)
     draw.add_argument("--out", required=True, type=Path)
@@ -278,7 +311,7 @@ def main() -> None:
     elif args.verb == "picture":
         picture([json.loads(f.read_text()) for f in args.files], args.out)
     else:
-        report()
+        report(args.into)
 
 
 if __name__ == "__main__":

@@ -117,3 +117,30 @@ def test_the_table_of_learners_by_sets(
     script.record([made(tmp_path / "c", "bc", 0, "other", {})])
     with pytest.raises(SystemExit, match="two configs of bc on hopper-medium-replay"):
         script.report()
+
+
+def test_tables_take_the_place_of_their_older_selves(script: ModuleType, tmp_path: Path) -> None:
+    script.record([made(tmp_path / "r", "iql", 0, "k", {}, 10.0)])
+    page = tmp_path / "page.md"
+    online = f"{script.ONLINE_HEAD}seeds |\n|---|\n| ppo | old |"
+    page.write_text(f"before\n\n{script.OFFLINE_HEAD}x |\n|---|\n| old | 1 |\n\nbetween\n\n{online}\n")
+    script.report(page)
+    text = page.read_text()
+    assert text.startswith(
+        f"before\n\n{script.OFFLINE_HEAD}hopper-medium-replay |\n|---|---|---|\n| iql | 50 | 10.0 (1)"
+    )
+    assert "\n\nbetween\n\n" in text
+    assert "old" not in text
+    page.write_text("no table")
+    with pytest.raises(SystemExit, match=r"page\.md: 0 tables begin with"):
+        script.report(page)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(script.__file__).parent
+    monkeypatch.setattr(script, "FOLDER", folder / "results" / "learning")
+    text = (folder / "README.md").read_text()
+    offline, online = script.results()
+    fresh = script.replaced(text, script.offline_table(offline), script.OFFLINE_HEAD)
+    fresh = script.replaced(fresh, script.online_table(online), script.ONLINE_HEAD)
+    assert fresh == text, "run `python benchmarks/learning.py report --into benchmarks/README.md`"
