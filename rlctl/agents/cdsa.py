@@ -49,8 +49,8 @@ class CDSAConfig(OfflineConfig):
     steps: Annotated[int, Field(ge=1)] = 100_000
     """Gradient steps of the score and the inverse model."""
     action_step: NonNegative = 0.2
-    """Part of the way to the denoised action that a score step goes (k_a). The default does no harm and little good;
-    0.5 to 1 bring agents back that have left good data, at the risk of a worse gait (benchmarks/README.md)."""
+    """Part of the way to the denoised action that a score step goes (k_a). The default hardly moves a good
+    agent; 0.5 to 1 raised some weak ones far on one dataset and ruined one (benchmarks/README.md)."""
     state_step: NonNegative = 0.0
     """Weight of the correction by way of the state (k_s)."""
     state_share: NonNegative = 1.0

@@ -44,7 +44,8 @@ def test_every_strength_of_every_base(
 ) -> None:
     base, score = runs
     out = tmp_path / "strength.json"
-    monkeypatch.setattr("sys.argv", ["x", "--score", str(score), "--env", "Hopper", "--episodes", "2", "--out", str(out), str(base)])  # fmt: skip  # noqa: E501
+    given = ["--score", str(score), "--env", "Hopper", "--episodes", "2", "--out", str(out), str(base)]
+    monkeypatch.setattr("sys.argv", ["cdsa_strength.py", *given])
     script.main()
     found = json.loads(out.read_text())
     (row,) = found["rows"]
