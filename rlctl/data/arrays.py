@@ -67,8 +67,8 @@ class Origin:
     action_box: tuple[Array, Array] | None = None
     """Low and high [A] that the stored actions were mapped to [-1, 1] from; None: they are as stored."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """The source's own description (Minari's metadata). Of a flat file that was converted: `converted_from`, the `id`
-    and `format` of what it was converted from."""
+    """The source's own description (Minari's metadata). Of what `rlctl data convert` wrote: `converted_from`, the `id`
+    and `format` of its source."""
 
 
 class Findings(list[str]):

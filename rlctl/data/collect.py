@@ -1,13 +1,15 @@
 """Record policies into a Minari dataset: trained runs, mixtures of their checkpoints, random actions.
 
 Every episode begun within the budget of steps is played to its end and kept, so no episode is cut and short ones are
-not preferred; a dataset is therefore somewhat longer than asked. Stored are observations, raw rewards, both flags, and
-the action as it was executed: clipped, in the units of the environment.
+not preferred; a dataset is therefore somewhat longer than asked. Stored are observations, raw rewards, both flags, the
+action as it was executed (clipped, in the units of the environment), and the settings of the task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,11 @@ from torch import Tensor
 
 import rlctl_envs
 from rlctl.data.arrays import Array
-from rlctl.data.reference import is_suite, reference_name, reference_returns
-from rlctl.data.write import Played, check_new_id, check_storage, spaces_of, spec_of, to_buffer, write_minari
+from rlctl.data.reference import OWN_MARK, is_suite, reference_name, reference_returns
+from rlctl.data.write import Played, check_new_id, check_storage, make_root, spaces_of, spec_of, to_buffer, write_minari
 from rlctl.errors import UsageError
 from rlctl.seeding import derive, generator
+from rlctl_envs.registry import WARP_OPTIONS
 
 if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer
@@ -136,30 +139,43 @@ def collect(
 
     `ref_scores` are the returns that score 0 and 100; None takes D4RL's where it has the task. `stochastic` draws from
     the policies, else they take their deterministic actions. The random streams of policy and simulator follow from
-    `seed`. UsageError before anything is simulated: a bad or taken id, no environment, an agent it does not fit.
+    `seed`. At most `num_envs` worlds run side by side, fewer where that many would play far more than `steps`.
+    UsageError before anything is simulated: a bad or taken id, no environment, an agent it does not fit, a share of no
+    step, equal reference scores.
     """
     check_new_id(id)
     check_storage(storage)
+    if ref_scores is not None and ref_scores[0] == ref_scores[1]:
+        raise UsageError(f"reference scores are two different returns, for 0 and for 100; got {ref_scores[0]:g} twice")
     env = env or next((p.env for p in policies if p.env), None)
     if env is None:
         raise UsageError("no environment: give one with --env, `rlctl envs` lists them")
     env = rlctl_envs.canonical(env)
     own = next((p.env_options for p in policies if p.env == env), {})
     options = dict(own) | dict(env_options or {})
-    episodes: list[EpisodeBuffer] = []
-    described = []
-    total, before = steps, 0
-    for k, p in enumerate(policies):
-        budget = steps - before if k == len(policies) - 1 else round(p.share * steps)
+    budgets = [round(p.share * steps) for p in policies[:-1]]
+    budgets.append(steps - sum(budgets))
+    world = rlctl_envs.make(env, **options)
+    limit = world.episode_len
+    world.close()
+    for p, budget in zip(policies, budgets, strict=True):
+        _check_fit(p, world)
         if budget < 1:
             raise UsageError(f"{p.name} gets no step: {p.share:g} of {steps}")
-        worlds = rlctl_envs.make(env, min(num_envs, budget), seed=derive(seed, f"collect{k}", 31), **options)
+    make_root()
+    episodes: list[EpisodeBuffer] = []
+    described = []
+    before = 0
+    for k, (p, budget) in enumerate(zip(policies, budgets, strict=True)):
+        worlds = rlctl_envs.make(
+            env, num_worlds(budget, limit, num_envs), seed=derive(seed, f"collect{k}", 31), **options
+        )
         try:
             act = _act(p, worlds, seed, k, stochastic)
             spaces = spaces_of(worlds)
             played = 0
             returns = []
-            for e in roll_out(worlds, act, budget, lambda done, _, b=before: progress(b + done, total)):  # type: ignore[misc]
+            for e in roll_out(worlds, act, budget, lambda done, _, b=before: progress(b + done, steps)):  # type: ignore[misc]
                 episodes.append(to_buffer(e, spaces[1], {"policy": np.full((len(e.obs), 1), k, np.int32)}))
                 returns.append(float(e.reward.sum(dtype=np.float64)))
                 played += len(e.reward)
@@ -169,19 +185,24 @@ def collect(
         described.append(
             f"{p.name} ({p.algo}): {played} steps, {len(returns)} episodes of mean return {np.mean(returns):.1f}"
         )
-    physics = f", '{options.get('physics', 'published')}' physics" if hasattr(worlds, "physics") else ""
+    settings = {k: v for k, v in options.items() if k not in (*WARP_OPTIONS, "backend", "threads", "workers")}
+    altered = {k: v for k, v in settings.items() if k != "physics"}
+    told = ({"physics": "published"} if hasattr(worlds, "physics") else {}) | settings
+    task = ", ".join([env, *(f"{k}={v}" for k, v in told.items())])
     text = (
-        f"{description + ' ' if description else ''}{env}{physics}, seed {seed}; whole episodes, "
-        f"{'sampled' if stochastic else 'deterministic'} actions as executed. Policies by number (infos/policy): "
-        + "; ".join(f"{k} = {d}" for k, d in enumerate(described))
+        f"{description + ' ' if description else ''}{task}, seed {seed}; "
+        f"whole episodes, {'sampled' if stochastic else 'deterministic'} actions as executed. "
+        "Policies by number (infos/policy): " + "; ".join(f"{k} = {d}" for k, d in enumerate(described))
     )
-    refs = ref_scores or reference_returns(env)
-    if reference_name(env) and ref_scores is None:
-        text += f". Reference scores are D4RL's for {reference_name(env)}, measured on its own version of the task."
+    refs = ref_scores
+    if refs is None and not altered:  # returns of a task with other settings are on no known scale
+        refs = reference_returns(env)
+        if reference_name(env):
+            text += f". Reference scores are D4RL's for {reference_name(env)}, measured on its own version of the task."
     return write_minari(
         id,
         episodes,
-        env=spec_of(env),
+        env=_with_settings(spec_of(env), altered),
         spaces=spaces,
         storage=storage,
         metadata={
@@ -192,8 +213,37 @@ def collect(
             "description": text,
             "requirements": _requirements(env),
         },
-        ref_scores=refs or None,
+        marks={OWN_MARK: {"env_id": env, "env_options": settings}},
+        ref_scores=refs,
     )
+
+
+def num_worlds(budget: int, limit: int, most: int) -> int:
+    """How many worlds, at most `most`, play `budget` steps: so that full episodes of `limit` steps come out even.
+
+    All worlds play their episodes to the end. Sixteen that begin a second one for the last tenth of the budget would
+    play twice what was asked.
+    """
+    rounds = math.ceil(budget / (most * limit))
+    return min(most, math.ceil(budget / (rounds * limit)))
+
+
+def _with_settings(spec: Any, settings: Mapping[str, Any]) -> Any:
+    """Gymnasium's spec of the task as it was played."""
+    if spec is None or not settings:
+        return spec
+    spec = copy.deepcopy(spec)
+    spec.kwargs = spec.kwargs | {k: v for k, v in settings.items() if k != "episode_len"}
+    spec.max_episode_steps = settings.get("episode_len", spec.max_episode_steps)
+    return spec
+
+
+def _check_fit(p: Policy, env: VecEnv) -> None:
+    if p.agent is not None and (p.agent.spec.obs_dim, p.agent.spec.act_dim) != (env.obs_dim, env.act_dim):
+        raise UsageError(
+            f"{p.name} takes observations of {p.agent.spec.obs_dim} and gives actions of {p.agent.spec.act_dim} "
+            f"numbers, {env.id} has {env.obs_dim} and {env.act_dim}: it was trained on {p.env or 'another task'}"
+        )
 
 
 def _act(p: Policy, env: VecEnv, seed: int, number: int, stochastic: bool) -> Act:
@@ -205,11 +255,6 @@ def _act(p: Policy, env: VecEnv, seed: int, number: int, stochastic: bool) -> Ac
 
         return uniform
     agent = p.agent
-    if (agent.spec.obs_dim, agent.spec.act_dim) != (env.obs_dim, env.act_dim):
-        raise UsageError(
-            f"{p.name} takes observations of {agent.spec.obs_dim} and gives actions of {agent.spec.act_dim} numbers, "
-            f"{env.id} has {env.obs_dim} and {env.act_dim}: it was trained on {p.env or 'another task'}"
-        )
     agent.eval()
     agent.rng = {name: generator(seed, f"collect{number}/{name}", agent.spec.device) for name in agent.rng}
 

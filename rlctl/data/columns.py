@@ -31,10 +31,10 @@ class Request(NamedTuple):
     reward: RewardTransform | None = None
     extend_truncated: bool = False
 
-    def compute(self, rows: Batch, ends: Tensor) -> dict[str, Tensor]:
+    def compute(self, rows: Batch, ends: Tensor, returns: Tensor | None = None) -> dict[str, Tensor]:
         """The columns of whole episodes."""
-        names, gamma, reward, extend_truncated = self
-        return compute(names, rows, ends, gamma=gamma, reward=reward, extend_truncated=extend_truncated)
+        names, gamma, reward, extend = self
+        return compute(names, rows, ends, gamma=gamma, reward=reward, extend_truncated=extend, returns=returns)
 
 
 def compute(
@@ -45,8 +45,12 @@ def compute(
     gamma: float | None = None,
     reward: RewardTransform | None = None,
     extend_truncated: bool = False,
+    returns: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The columns `names` of whole episodes; see `Dataset.require` for the parameters."""
+    """The columns `names` of whole episodes; see `Dataset.require` for the parameters.
+
+    `returns` [E] are those of the episodes where they have had more rows than are here.
+    """
     out: dict[str, Tensor] = {}
     for name in names:
         if name == "timestep":
@@ -54,7 +58,7 @@ def compute(
         elif name == "next_action":
             out[name], out["has_next_action"] = next_action(rows.action, ends)
         elif name == "episode_return":
-            out[name] = episode_return(rows.reward, ends)
+            out[name] = episode_return(rows.reward, ends, returns)
         elif name == "row":
             out[name] = torch.arange(len(rows.reward), device=rows.reward.device)
         elif name == "mc_return":
@@ -100,10 +104,10 @@ def next_action(action: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return following, known
 
 
-def episode_return(reward: Tensor, ends: Tensor) -> Tensor:
-    """[M] float32: the undiscounted return of the whole episode a row belongs to."""
+def episode_return(reward: Tensor, ends: Tensor, returns: Tensor | None = None) -> Tensor:
+    """[M] float32: the undiscounted return of the whole episode a row belongs to: `returns` [E], or the sum."""
     steps = lengths(ends)
-    total = torch.segment_reduce(reward.double(), "sum", lengths=steps)
+    total = torch.segment_reduce(reward.double(), "sum", lengths=steps) if returns is None else returns
     return total.float().repeat_interleave(steps)
 
 

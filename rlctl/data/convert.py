@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+import rlctl_envs
 from rlctl.data import minari_files
 from rlctl.data.arrays import DatasetError, Origin, Table
 from rlctl.data.dataset import is_flat, read
 from rlctl.data.flat_files import HDF5, MARK, SUFFIXES, import_h5py
-from rlctl.data.reference import reference_name, reference_scores
+from rlctl.data.reference import OWN_MARK, reference_name, reference_scores
 from rlctl.data.write import Played, check_new_id, check_storage, spec_of, to_buffer, write_minari
 from rlctl.errors import UsageError
 
@@ -58,12 +59,12 @@ def convert(
     check_storage(storage)
     spec = None
     if env is not None:
-        import rlctl_envs
-
         spec = spec_of(rlctl_envs.canonical(env))
     if not is_flat(source):
         return _restore(source, id, storage, spec, author)
     table, origin = read(source, episode_len=episode_len)
+    if env is not None:
+        _check_fit(source, table, env)
     return _to_minari(table, origin, id, storage, spec, author)
 
 
@@ -73,9 +74,7 @@ def write_flat(table: Table, path: Path, origin: Origin | None = None) -> Path:
     An .npz holds the same arrays, uncompressed. `origin` is where the table was read from, None if it was not; the file
     says so (`flat_files.MARK`), lest its name alone make it one of D4RL's. DatasetError without h5py for HDF5.
     """
-    mark = {"id": path.stem, "format": "memory"}
-    if origin is not None:
-        mark = origin.meta.get("converted_from") or {"id": origin.id, "format": origin.format}
+    mark = {"id": path.stem, "format": "memory"} if origin is None else _source(origin)
     columns = {
         "observations": table.obs,
         "actions": table.action,
@@ -84,7 +83,10 @@ def write_flat(table: Table, path: Path, origin: Origin | None = None) -> Path:
         "terminals": table.terminated,
         "timeouts": table.truncated,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path.parent} cannot be made ({error}): choose another --out") from None
     temp = path.with_name(f".{path.name}.tmp")
     try:
         if path.suffix == ".npz":
@@ -100,6 +102,27 @@ def write_flat(table: Table, path: Path, origin: Origin | None = None) -> Path:
     finally:
         temp.unlink(missing_ok=True)
     return path
+
+
+def _check_fit(source: str, table: Table, env: str) -> None:
+    try:
+        world = rlctl_envs.make(env)
+    except ValueError:
+        return  # not installed here: it may be named all the same
+    world.close()
+    dims = table.obs.shape[1], table.action.shape[1]
+    if dims != (world.obs_dim, world.act_dim):
+        raise UsageError(
+            f"{source} has observations of {dims[0]} and actions of {dims[1]} numbers, {world.id} has {world.obs_dim} "
+            f"and {world.act_dim}: it was recorded in another task"
+        )
+
+
+def _source(origin: Origin) -> dict[str, str]:
+    """What a converted dataset says it was made of."""
+    if "converted_from" in origin.meta:
+        return dict(origin.meta["converted_from"])
+    return {"id": origin.id, "format": OWN_MARK if OWN_MARK in origin.meta else origin.format}
 
 
 def _sync_and_rename(temp: Path, path: Path) -> None:
@@ -133,6 +156,7 @@ def _to_minari(table: Table, origin: Origin, id: str, storage: str, spec: Any, a
             "author": author,
             "description": f"Converted from {origin.id} ({origin.format}), exact view, observations float32.",
         },
+        marks={"converted_from": _source(origin)},
         ref_scores=reference_scores()[task] if task else None,
     )
 
@@ -145,6 +169,7 @@ def _restore(source: str, id: str, storage: str, spec: Any, author: str | None) 
     minari_files.read_minari(data)  # a damaged dataset is refused in our words
     try:
         theirs = minari.MinariDataset(data)
+        spaces = (theirs.spec.observation_space, theirs.spec.action_space)
     except (ValueError, AssertionError) as error:
         raise DatasetError(f"Minari cannot open {data}: {' '.join(str(error).split())}") from None
     meta = minari_files.read_metadata(data)
@@ -152,8 +177,8 @@ def _restore(source: str, id: str, storage: str, spec: Any, author: str | None) 
 
     episodes = [
         EpisodeBuffer(
-            observations=_typed(e.observations, theirs.spec.observation_space),
-            actions=_typed(e.actions, theirs.spec.action_space),
+            observations=_typed(e.observations, spaces[0]),
+            actions=_typed(e.actions, spaces[1]),
             rewards=e.rewards,
             terminations=e.terminations,
             truncations=e.truncations,
@@ -168,9 +193,10 @@ def _restore(source: str, id: str, storage: str, spec: Any, author: str | None) 
         id,
         episodes,
         env=spec or theirs.spec.env_spec,
-        spaces=(theirs.spec.observation_space, theirs.spec.action_space),
+        spaces=spaces,
         storage=storage,
         metadata={k: meta[k] for k in keep if k in meta} | people | ({"author": author} if author else {}),
+        marks={k: meta[k] for k in (OWN_MARK, "converted_from") if k in meta},
         ref_scores=None if low is None or high is None else (low, high),
     )
 

@@ -131,7 +131,7 @@ class Dataset:
         An agent calls this in its `prepare`. ValueError for an unknown name or a missing `gamma`.
         """
         request = columns.Request(names, gamma, reward, extend_truncated)
-        added = request.compute(self.rows, self.episode_ends)
+        added = request.compute(self.rows, self.episode_ends, self.episode_returns())
         self.rows = self.rows._replace(extra={**self.rows.extra, **added})
         if later := tuple(n for n in names if n not in columns.OF_A_DATASET):
             self.requests[later] = request._replace(names=later)
@@ -139,7 +139,7 @@ class Dataset:
 
     def labels(self) -> dict[str, Any]:
         """What every row about this data carries: id, version, benchmark (see `dataset_labels`)."""
-        return dataset_labels(self.id, self.origin.format, self.origin.meta.get("converted_from"))
+        return dataset_labels(self.id, self.origin.format, self.origin.meta)
 
     def record(self) -> dict[str, Any]:
         """What a run writes down about its data: id, version, benchmark, format, view, size, fingerprint."""

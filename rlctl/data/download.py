@@ -45,6 +45,14 @@ class NotThere(NetworkError):
     """The server answers, and has no such thing."""
 
 
+class _PastTheEnd(NetworkError):
+    """The server has nothing after the bytes that are here: `size` of the file there, None if it does not say."""
+
+    def __init__(self, message: str, size: int | None) -> None:
+        super().__init__(message)
+        self.size = size
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file to fetch."""
@@ -73,29 +81,38 @@ def fetch(file: RemoteFile, target: Path, progress: Progress = lambda done, tota
         headers["Range"] = f"bytes={have}-"
         if etag:
             headers["If-Range"] = etag  # the server sends all of it if the file is another by now
-    complete = bool(have) and have == file.size
-    if not complete:
-        with _opened(file.url, headers) as answer:
-            going_on = answer.status == 206 and _range_start(answer) == have
-            length = answer.headers.get("Content-Length")
-            have = have if going_on else 0
-            total = have + int(length) if length else file.size
-            new = answer.headers.get("ETag", "")
-            tag.write_text("" if new.startswith("W/") else new)  # a weak one does not promise the same bytes
-            with part.open("ab" if going_on else "wb") as out:
-                progress(have, total)
-                while chunk := _read(answer, file.url, have, total):
-                    out.write(chunk)
-                    have += len(chunk)
-                    progress(have, total)
-                out.flush()
-                os.fsync(out.fileno())
-        if total is not None and have < total:
-            raise _broken(file.url, have, total)
+    if not have or have != file.size:
+        try:
+            _receive(file, part, tag, have, headers, progress)
+        except _PastTheEnd as error:
+            if error.size != have:  # what was there belongs to another file
+                part.unlink()
+                return fetch(file, target, progress)
     sha256 = _check(part, file)
     part.replace(target)
     tag.unlink(missing_ok=True)
     return sha256
+
+
+def _receive(file: RemoteFile, part: Path, tag: Path, have: int, headers: dict[str, str], progress: Progress) -> None:
+    """Append to `part`, which has `have` bytes, what the server sends, or write it anew if it sends all."""
+    with _opened(file.url, headers) as answer:
+        going_on = answer.status == 206 and _range_start(answer) == have
+        length = answer.headers.get("Content-Length")
+        have = have if going_on else 0
+        total = have + int(length) if length else file.size
+        new = answer.headers.get("ETag", "")
+        tag.write_text("" if new.startswith("W/") else new)  # a weak one does not promise the same bytes
+        with part.open("ab" if going_on else "wb") as out:
+            progress(have, total)
+            while chunk := _read(answer, file.url, have, total):
+                out.write(chunk)
+                have += len(chunk)
+                progress(have, total)
+            out.flush()
+            os.fsync(out.fileno())
+    if total is not None and have < total:
+        raise _broken(file.url, have, total)
 
 
 def _check(part: Path, file: RemoteFile) -> str:
@@ -150,7 +167,11 @@ def _opened(url: str, headers: dict[str, str]) -> Iterator[Any]:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404, 410):
             raise NotThere(f"{_host(url)} has no {url} (HTTP {error.code})") from None
-        raise NetworkError(f"{_host(url)} answered HTTP {error.code} to {url}: try again later") from None
+        message = f"{_host(url)} answered HTTP {error.code} to {url}: try again later"
+        if error.code == 416 and "Range" in headers:
+            size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+            raise _PastTheEnd(message, int(size[1]) if size else None) from None
+        raise NetworkError(message) from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise NetworkError(f"no network: {_host(url)} cannot be reached ({reason})") from None

@@ -29,7 +29,7 @@ def summarize(table: Table, origin: Origin, bins: int = 20) -> dict[str, Any]:
     mean = float(table.returns.mean())
     box = origin.action_box
     ref: dict[str, Any] = {k: origin.meta[k] for k in ("ref_min_score", "ref_max_score") if k in origin.meta}
-    labels: dict[str, Any] = dataset_labels(origin.id, origin.format, origin.meta.get("converted_from"))
+    labels: dict[str, Any] = dataset_labels(origin.id, origin.format, origin.meta)
     return labels | {
         "format": origin.format,
         "env": origin.env_id,

@@ -20,6 +20,7 @@ import numpy as np
 from rlctl.data import arrays
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View, allocate, check_finite, complain
 from rlctl.data.flat_files import check_lengths, open_hdf5
+from rlctl.data.reference import OWN_MARK
 
 OBS_KEYS = {
     "antmaze": ("achieved_goal", "observation"),
@@ -86,12 +87,13 @@ def describe(data: Path) -> Origin:
     with contextlib.suppress(KeyError, TypeError, ValueError):  # Minari stores none for a task that has none
         spec = dict(json.loads(meta["env_spec"]))
     options = {k: v for k, v in (spec.get("kwargs") or {}).items() if k != "render_mode"}
+    own = meta[OWN_MARK] if isinstance(meta.get(OWN_MARK), dict) else {}  # knows tasks that Gymnasium has no spec of
     limit = spec.get("max_episode_steps")
     return Origin(
         id=str(meta.get("dataset_id") or data.parent.name),
         format=f"minari-{meta.get('data_format', 'hdf5')}",
-        env_id=spec.get("id"),
-        env_options=options,
+        env_id=own.get("env_id", spec.get("id")),
+        env_options=own.get("env_options", options),
         episode_len=int(limit) if limit else None,
         meta=meta,
     )

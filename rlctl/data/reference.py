@@ -95,14 +95,22 @@ Benchmark = Literal["D4RL", "Minari", "own"]
 D4RL's names included; anything else."""
 
 
-def dataset_labels(id: str, format: str, converted_from: Mapping[str, str] | None = None) -> dict[str, Any]:
+OWN_MARK = "rlctl"
+"""Key in the metadata of a Minari dataset that `rlctl data collect` recorded: `env_id`, and the `env_options` that make
+the task again."""
+
+
+def dataset_labels(id: str, format: str, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What every row about a dataset carries: its id, its version (None: the id has none) and its benchmark.
 
-    `format` as in `rlctl.data.arrays.Origin`, `converted_from` as in its `meta`. A D4RL file is known by its name;
-    under Minari's format it is Minari's. A converted file is what its source was, whatever it is called: its name makes
-    it nobody's benchmark.
+    `format` and `meta` as in `rlctl.data.arrays.Origin`. A D4RL file is known by its name; under Minari's format it is
+    Minari's, unless it was collected here. A converted file is what its source was, whatever it is called: its name
+    makes it nobody's benchmark.
     """
-    if converted_from is not None:
+    meta = meta or {}
+    if OWN_MARK in meta:
+        format = OWN_MARK
+    elif (converted_from := meta.get("converted_from")) is not None:
         source = dataset_labels(converted_from["id"], converted_from["format"])
         if source["benchmark"] != "own":
             return source

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +83,29 @@ def to_buffer(e: Played, space: Any, infos: dict[str, Array] | None = None) -> E
 def check_new_id(id: str) -> None:
     """UsageError unless `id` is NAMESPACE/NAME-vK and free."""
     if not re.fullmatch(r"([-\w][-\w/]*[-\w]/)?[-\w]+-v\d+", id):
-        raise UsageError(f"'{id}' is not a dataset id: NAMESPACE/NAME-vK, e.g. mine/hopper-medium-v0")
-    if (minari_root() / id).exists():
+        raise UsageError(
+            f"'{id}' is not a dataset id: NAMESPACE/NAME-vK with two letters or more before each '/', "
+            "e.g. mine/hopper-medium-v0"
+        )
+    root = minari_root()
+    if (root / id).exists():
         stem, _, version = id.rpartition("-v")
-        versions = [int(i.rpartition("-v")[2]) for i in local_ids(minari_root()) if i.rpartition("-v")[0] == stem]
+        versions = [int(i.rpartition("-v")[2]) for i in local_ids(root) if i.rpartition("-v")[0] == stem]
         free = max([int(version), *versions]) + 1
-        raise UsageError(f"there is a dataset '{id}' in {minari_root()}: take the next version, {stem}-v{free}")
+        raise UsageError(f"there is a dataset '{id}' in {root}: take the next version, {stem}-v{free}")
+
+
+def make_root() -> Path:
+    """`minari_root()`, which is there then; UsageError where it cannot be made or written to."""
+    root = minari_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(root, os.W_OK) else "it may not be written to"
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        raise UsageError(f"no dataset can be written into {root} ({reason}): MINARI_DATASETS_PATH names another folder")
+    return root
 
 
 def check_storage(storage: str) -> None:
@@ -110,16 +127,18 @@ def write_minari(
     spaces: tuple[Any, Any],
     storage: str,
     metadata: dict[str, Any],
+    marks: Mapping[str, Any] | None = None,
     ref_scores: tuple[float, float] | None = None,
 ) -> Path:
     """Write a Minari dataset under `minari_root()`, complete or not at all; returns its folder.
 
-    `env` is Gymnasium's spec of the task (None: it has none), `spaces` its observation and action space. Minari writes
-    into a hidden root beside the real one, from where the result is renamed.
+    `env` is Gymnasium's spec of the task (None: it has none), `spaces` its observation and action space, `metadata` in
+    Minari's words, `marks` what of ours goes beside them (JSON). Minari writes into a hidden root beside the real one,
+    from where the result is renamed.
     """
     import minari
 
-    root = minari_root()
+    root = make_root()
     target, hidden = root / id, root / f".writing-{id.replace('/', '-')}"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
@@ -134,9 +153,11 @@ def write_minari(
                 data_format=storage,
                 **metadata,
             )
+            more = dict(marks or {})
             if ref_scores is not None:
-                low, high = ref_scores
-                written.storage.update_metadata({"ref_min_score": float(low), "ref_max_score": float(high)})
+                more |= {"ref_min_score": float(ref_scores[0]), "ref_max_score": float(ref_scores[1])}
+            if more:
+                written.storage.update_metadata(more)
         for file in (hidden / id).rglob("*"):
             _sync(file)
         target.parent.mkdir(parents=True, exist_ok=True)

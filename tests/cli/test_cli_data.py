@@ -15,6 +15,7 @@ import yaml
 from cli_helpers import Cli, Result
 
 from rlctl.cli.data import histogram
+from rlctl.data.collect import num_worlds
 from rlctl.data.dataset import load_dataset
 
 SMALL = ["hidden=[8, 8]", "batch_size=8"]
@@ -78,7 +79,7 @@ def test_collect_random_and_look_at_it(cli: Cli, tmp_path: Path) -> None:
     assert rows[0]["transitions"] == theirs.total_steps
     assert cli("data", "list", "--prefix", "other/").out.count("\n") == 2
     info = cli("data", "info", "mine/hopper-random-v0", "--json").json
-    assert (info["dataset_version"], info["benchmark"], info["score_reference"]) == (0, "Minari", "hopper")
+    assert (info["dataset_version"], info["benchmark"], info["score_reference"]) == (0, "own", "hopper")
     shown = cli("data", "info", "mine/hopper-random-v0")
     assert shown.code == 0
     assert "episode returns" in shown.out
@@ -131,6 +132,60 @@ def test_collect_a_mixture_of_checkpoints(cli: Cli, sac_run: Path) -> None:
     assert best.code == 0, best.err
 
 
+@pytest.mark.parametrize(("shares", "want"), [(["--mix", "random=0.25"], [75, 25]), ([], [100])])
+def test_long_episodes_do_not_make_a_dataset_many_times_as_long(
+    shares: list[str], want: list[int], cli: Cli, tmp_path: Path
+) -> None:
+    """Sixteen worlds of episodes that never end early would play 16 episodes of 25 steps for the first step alone."""
+    r = cli(
+        "data", "collect", "--env", "HalfCheetah", "--policy", "random", *shares, "--steps", "100",
+        "--set", "episode_len=25", "--id", "mine/c-v0",
+    )  # fmt: skip
+    assert r.code == 0, r.err
+    theirs = minari.load_dataset("mine/c-v0")
+    played = np.bincount([int(e.infos["policy"][0, 0]) for e in theirs.iterate_episodes() for _ in e.rewards])
+    assert played.tolist() == want
+
+
+@pytest.mark.parametrize("budget", [1, 7, 100, 999, 1000, 1001, 16_000, 16_001, 20_000, 200_000])
+def test_full_episodes_go_over_the_budget_by_less_than_an_episode_a_world(budget: int) -> None:
+    limit, most = 1000, 16
+    n = num_worlds(budget, limit, most)
+    rounds = -(-budget // (n * limit))
+    assert 1 <= n <= most
+    assert rounds * n * limit - budget < rounds * limit
+
+
+def test_collect_keeps_the_settings_of_the_task(cli: Cli) -> None:
+    options = {"physics": "native", "forward_reward_weight": 0.5, "episode_len": 30}
+    make = ["data", "collect", "--env", "HalfCheetah", "--policy", "random", "--steps", "30", "--id", "mine/c-v0"]
+    assert cli(*make, *(x for k, v in options.items() for x in ("--set", f"{k}={v}"))).code == 0
+    theirs = minari.load_dataset("mine/c-v0")
+    made = theirs.recover_environment().spec
+    assert (made.kwargs["forward_reward_weight"], made.max_episode_steps) == (0.5, 30)
+    assert "ref_max_score" not in theirs.storage.metadata  # of the task with its own reward
+    data = load_dataset("mine/c-v0")
+    assert (data.env_id, data.origin.env_options) == ("HalfCheetah-v5", options)
+    assert data.labels()["benchmark"] == "own"
+    r = cli.train("--algo", "bc", "--data", "mine/c-v0", "--steps", "2", "--out", "run", sets=SMALL)
+    assert r.code == 0, r.err
+    record = json.loads(Path("run/run.json").read_text())
+    assert (record["eval_env"], record["eval_env_options"]) == ("HalfCheetah-v5", options)
+    # and so under other formats
+    assert cli("data", "convert", "mine/c-v0", "--id", "mine/d-v0").code == 0
+    assert load_dataset("mine/d-v0").origin.env_options == options
+    assert cli("data", "convert", "mine/c-v0", "--out", "e.npz").code == 0
+    assert cli("data", "convert", "e.npz", "--id", "mine/f-v0").code == 0
+    assert [load_dataset(x).labels()["benchmark"] for x in ("mine/d-v0", "e.npz", "mine/f-v0")] == ["own"] * 3
+
+
+def test_collect_says_where_it_cannot_write(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "taken" / "root"))
+    make = ["data", "collect", "--env", "Hopper", "--policy", "random", "--steps", "9", "--id", "mine/c-v0"]
+    refused(cli(*make), "no dataset can be written into", "MINARI_DATASETS_PATH")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -143,12 +198,19 @@ def test_collect_a_mixture_of_checkpoints(cli: Cli, sac_run: Path) -> None:
         ({"--mix": "random=many"}, ["share between 0 and 1"]),
         ({"--storage": "csv"}, ["no storage 'csv'", "hdf5, arrow, parquet"]),
         ({"--set": "physics=quantum"}, ["quantum"]),
+        ({"--id": "a/hopper-v0"}, ["two letters or more"]),
+        ({"--mix": "random=0.001"}, ["gets no step"]),
     ],
 )
 def test_collect_refuses(change: dict[str, str | None], words: list[str], cli: Cli, tmp_path: Path) -> None:
     options = {"--env": "Hopper", "--policy": "random", "--steps": "50", "--id": "mine/x-v0"} | change
     refused(cli("data", "collect", *[x for k, v in options.items() if v for x in (k, v)]), *words)
     assert not (tmp_path / "minari").exists()
+
+
+def test_collect_refuses_equal_reference_scores(cli: Cli) -> None:
+    make = ["data", "collect", "--env", "Hopper", "--policy", "random", "--steps", "5", "--id", "mine/x-v0"]
+    refused(cli(*make, "--ref-scores", "5", "5"), "two different returns", "5 twice")
 
 
 def test_collect_refuses_an_agent_of_another_task_and_a_taken_id(cli: Cli, sac_run: Path) -> None:
@@ -186,6 +248,9 @@ def test_convert_refuses(cli: Cli, tmp_path: Path) -> None:
     refused(cli("data", "convert", "a.npz", "--out", "a.npz"), "exists")
     refused(cli("data", "convert", "no.npz", "--out", "b.npz"), "nearest there: a.npz")
     refused(cli("data", "convert", "a.npz", "--id", "mine/x"), "is not a dataset id")
+    wrong = cli("data", "convert", "a.npz", "--id", "mine/x-v0", "--env", "HalfCheetah")
+    refused(wrong, "observations of 11 and actions of 3", "HalfCheetah-v5 has 17 and 6")
+    refused(cli("data", "convert", "a.npz", "--out", "a.npz/b.npz"), "cannot be made", "choose another --out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz"]
 
 

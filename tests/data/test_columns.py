@@ -206,3 +206,15 @@ def test_reward_transform_is_the_identity_by_default(tmp_path: Path) -> None:
     agent = TD3BC(Spec(1, 1), TD3BCConfig(hidden=(4,)))
     agent.prepare(data)
     torch.testing.assert_close(agent.reward(data.rows.reward), data.rows.reward)
+
+
+def test_the_return_of_an_episode_counts_the_row_that_the_view_drops(tmp_path: Path) -> None:
+    """Two episodes of three steps cut by a timeout, whose last successors nobody knows."""
+    reward = np.array([1, 2, 4, 8, 16, 32], np.float32)
+    rows = np.arange(6.0, dtype=np.float32)[:, None]
+    flags = {"terminals": np.zeros(6, bool), "timeouts": np.array([0, 0, 1, 0, 0, 1], bool)}
+    np.savez(tmp_path / "a.npz", observations=rows, actions=rows / 10, rewards=reward, **flags)  # type: ignore[arg-type]
+    data = load_dataset(str(tmp_path / "a.npz")).require("episode_return", "mc_return", gamma=0.5)
+    assert data.rows.reward.tolist() == [1, 2, 8, 16]
+    assert data.rows.extra["episode_return"].tolist() == [7, 7, 56, 56]
+    assert data.rows.extra["mc_return"].tolist() == [2, 2, 16, 16]  # up to the last row that is kept

@@ -53,6 +53,12 @@ class Server:
                 start = int(re.findall(r"bytes=(\d+)-", want)[0]) if want else 0
                 if start and self.headers.get("If-Range", etag) != etag:
                     start = 0
+                if start and start >= len(body):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(body)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -101,6 +107,16 @@ def test_fetch_checks_and_reports(server: Server, tmp_path: Path) -> None:
     assert seen[0] == (0, len(BODY))
     assert seen[-1] == (len(BODY), len(BODY))
     assert [a for a, _ in seen] == sorted(a for a, _ in seen)
+
+
+@pytest.mark.parametrize("more", [b"", b"of a longer file"])
+def test_what_was_stopped_after_its_last_byte_is_taken(server: Server, tmp_path: Path, more: bytes) -> None:
+    server.answers["/x"] = BODY
+    etag = f'"{hashlib.md5(BODY).hexdigest()}"'
+    (tmp_path / ".x.part").write_bytes(BODY + more)
+    (tmp_path / ".x.etag").write_text(etag)
+    assert d.fetch(d.RemoteFile(f"{server.url}/x", "x"), tmp_path / "x") == sha(BODY)
+    assert [want for _, want in server.log] == [f"bytes={len(BODY + more)}-"] + ([None] if more else [])
 
 
 @pytest.mark.parametrize("published", [True, False])
