@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.agents.offline_learner import check_fit
 from rlctl.nets import DeterministicPolicy, TanhGaussianPolicy
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, minimize
@@ -67,7 +68,8 @@ class BC(Agent):
         self.opt_pi = adam(self.pi.parameters(), self.cfg.actor_lr)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics; ValueError unless `data` has been cut to the episodes to imitate."""
+        """Take the observation statistics; ValueError for data that do not fit or hold other episodes."""
+        check_fit(data, self.spec)
         share = getattr(data, "share", 1.0)
         if share != self.cfg.best_share:
             raise ValueError(

@@ -2,10 +2,10 @@
 
 Source: Nakamoto et al. 2023, arXiv:2303.05479 (its calibrated regulariser); official code github.com/nakamotoo/Cal-QL.
 Differs: the defaults are CQL as JaxCQL writes it, on which the official code stands, for MuJoCo tasks: the paper's runs
-are on AntMaze and Adroit (settings named at the config). Networks are initialised as our CQL's, and so is the Lagrange
-multiplier: at 1, where the official code starts it at e. The value of the data's
-own policy is the return-to-go of each row; online, where that is known when an episode is over, rows enter the replay
-then (CORL stops calibrating online instead: `calibrate_online`).
+are on AntMaze and Adroit (settings named at the config). Data actions are not clipped to +-0.99999. Networks are
+initialised as our CQL's, and so is the Lagrange multiplier: at 1, where the official code starts it at e. The value of
+the data's own policy is the return-to-go of each row; online, where that is known when an episode is over, rows enter
+the replay then (CORL stops calibrating online instead: `calibrate_online`).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.agents.offline_learner import check_fit
 from rlctl.data.dataset import Dataset
 from rlctl.errors import UsageError
 from rlctl.nets.mlp import mlp
@@ -44,7 +45,7 @@ class CDSAConfig(OfflineConfig):
     base: RunFolder = ""
     """Run directory of the trained agent whose actions to correct, of any algorithm. Needed, also to load the run
     again: keep it where it is."""
-    checkpoint: str = "latest"
+    checkpoint: str | int = "latest"
     """Which of its agents: latest, best (of the evaluations in training), or the STEP of one."""
     steps: Annotated[int, Field(ge=1)] = 100_000
     """Gradient steps of the score and the inverse model."""
@@ -107,7 +108,7 @@ class CDSA(Agent):
             from rlctl.experiment import load_named  # it knows all agents, this one too
 
             role = "the agent whose actions this one corrects"
-            self.wrap(load_named(c.base, c.checkpoint, "base", role)[0])
+            self.wrap(load_named(c.base, str(c.checkpoint), "base", role)[0])
 
     def wrap(self, base: Agent) -> CDSA:
         """Correct the actions of `base` from now on; it is frozen. ValueError for an agent of another task."""
@@ -121,9 +122,10 @@ class CDSA(Agent):
         return self
 
     def prepare(self, data: Dataset) -> None:
-        """Take mean and std of the dataset's pairs."""
+        """Take mean and std of the dataset's pairs; ValueError if its dimensions are others."""
         if self.base is None:
             raise UsageError("cdsa corrects a trained agent: name its run directory with --set base=RUN_DIR")
+        check_fit(data, self.spec)
         rows = data.whole()
         self.pair_norm.fit(torch.cat([rows.obs, rows.action], -1))
 

@@ -77,6 +77,8 @@ class CQL(OfflineLearner):
     def __init__(self, spec: Spec, cfg: CQLConfig | None = None) -> None:
         super().__init__(spec, cfg)
         c = self.cfg
+        # kept in checkpoints: a longer resumed run does not clone once more
+        self.counters["cloning"] = round(c.bc_share * c.updates_on_data)
         if c.backup != "one" and c.entropy_backup:
             raise ValueError(f"backup={c.backup} has no entropy term: set entropy_backup=false with it")
         if c.lagrange_gap is not None and c.cql_weight == 0:
@@ -213,7 +215,7 @@ class CQL(OfflineLearner):
         action, logp = self.here(b).sample_log_prob(generator=self.rng["sample"])
         if c.learn_alpha:
             step(self.alpha_loss(logp), self.opt_alpha)
-        clone = self.counters["updates"] <= round(c.bc_share * c.updates_on_data)
+        clone = self.counters["updates"] <= self.counters["cloning"]
         metrics: Metrics = {}
         actor_loss = self.cloning_loss(b, logp) if clone else self.actor_loss(b, action, logp, metrics)
         later.append((self.opt_pi, gradients(actor_loss, self.opt_pi)))

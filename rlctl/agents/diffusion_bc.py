@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from rlctl.agents.offline_learner import check_fit
 from rlctl.nets import EMA, DiffusionPolicy, Policy, require
 from rlctl.nets.normalizer import FixedNorm
 from rlctl.ops import adam, minimize
@@ -87,7 +88,8 @@ class DiffusionBC(Agent):
         )
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset."""
+        """Take the observation statistics of the dataset; ValueError if its dimensions are others."""
+        check_fit(data, self.spec)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)
 

@@ -49,8 +49,8 @@ class IQLConfig(OfflineRLConfig):
     v_lr: Positive = 3e-4
     """Adam's learning rate of V."""
     anneal_actor_lr: bool = True
-    """Lower the actor's learning rate to 0 along a cosine over the updates on the data; constant once there are
-    environment steps."""
+    """Lower the actor's learning rate to 0 along a cosine over the updates on the data (of a run resumed to more of
+    them: over the new number); constant once there are environment steps."""
     head: Literal["gaussian", "deterministic"] = "gaussian"
     """Policy: a Gaussian fitted by likelihood, or a deterministic one fitted by squared error."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -35,7 +35,7 @@ class ODICEConfig(OfflineRLConfig):
     layer_norm: bool = True
     """LayerNorm in the values (the official AntMaze runs have none)."""
     num_v: Count = 2
-    """Values, of which the smallest counts in a backup (the official runs on large AntMazes have one)."""
+    """Values, of which the smallest counts in a backup (official: one on large AntMazes and umaze-diverse)."""
     gamma: Fraction = 0.99
     """Discount per environment step."""
     tau: Fraction = 0.005

@@ -9,6 +9,7 @@ from torch import Tensor
 from rlctl.data.dataset import Dataset
 from rlctl.data.reward import RewardTransform
 from rlctl.nets.normalizer import FixedNorm
+from rlctl.train import Dataset as AnyDataset
 from rlctl.train import OfflineRLConfig
 from rlctl.types import Agent, Batch, Metrics, Regime, Spec
 
@@ -22,6 +23,17 @@ def note(log: Metrics | None, name: str, x: Tensor) -> None:
     """
     if log is not None:
         log[name] = x.detach().float().mean()
+
+
+def check_fit(data: AnyDataset, spec: Spec) -> None:
+    """ValueError unless observations and actions of `data` are as long as the agent's."""
+    rows = data.whole()
+    dims = rows.obs.shape[-1], rows.action.shape[-1]
+    if dims != (spec.obs_dim, spec.act_dim):
+        raise ValueError(
+            f"the dataset has observations of {dims[0]} and actions of {dims[1]} numbers, the agent {spec.obs_dim} and "
+            f"{spec.act_dim}: make it with Spec({dims[0]}, {dims[1]})"
+        )
 
 
 class OfflineLearner(Agent):
@@ -39,7 +51,11 @@ class OfflineLearner(Agent):
         self.reward = RewardTransform(self.cfg.reward)
 
     def prepare(self, data: Dataset) -> None:
-        """Take the observation statistics of the dataset, and what the reward transform needs."""
+        """Take the observation statistics of the dataset, and what the reward transform needs.
+
+        ValueError for a dataset of other dimensions, which some losses would broadcast over.
+        """
+        check_fit(data, self.spec)
         self.reward.fit(data)
         if self.cfg.normalize_obs:
             self.obs_norm.fit(data.whole().obs)

@@ -140,6 +140,8 @@ class PARL(OfflineLearner):
     def __init__(self, spec: Spec, cfg: PARLConfig | None = None) -> None:
         super().__init__(spec, cfg)
         c = self.cfg
+        # kept in checkpoints: a longer resumed run does not clone once more
+        self.counters["cloning"] = round(c.bc_share * c.updates_on_data)
         check(c.num_critics, c.backup_critics)
         if c.num_kept > c.num_candidates:
             raise ValueError(f"num_kept={c.num_kept} of {c.num_candidates} candidates: keep at most num_candidates")
@@ -285,7 +287,7 @@ class PARL(OfflineLearner):
         """At first cloning alone. Then critics by the optimised actions, the policy by those too, lagged critics."""
         c, b = self.cfg, self.seen(b)
         self.counters["updates"] += 1
-        if self.counters["updates"] <= round(c.bc_share * c.updates_on_data):
+        if self.counters["updates"] <= self.counters["cloning"]:
             return {"losses/base": self.base_step(b.obs, b.action, c.base_lr)}
         rng, distill = self.rng["sample"], c.distill_offline or self.counters["env_steps"] > 0
         following = best_of(*self.optimized(b.next_obs, generator=rng))

@@ -11,8 +11,10 @@ nowhere used: the default here is the 2 of its locomotion runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rlctl.agents.offline_learner import OfflineLearner, note
@@ -33,7 +35,7 @@ class PRDCConfig(OfflineRLConfig, TD3Settings):
 
     alpha: NonNegative = 2.5
     """Weight of the value term against the regulariser, after normalising Q by its mean magnitude."""
-    beta: NonNegative = 2.0
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """Weight of the z-scored state in the distance between (state, action) pairs: 0 compares actions alone, a large
     one states alone (which is TD3+BC)."""
     k: Count = 1
@@ -72,10 +74,15 @@ class PRDC(OfflineLearner):
 
     @torch.no_grad()
     def prepare(self, data: Dataset) -> None:
-        """Take the statistics of the dataset, then index its pairs of z-scored state and action."""
+        """Take the statistics of the dataset, then index its pairs of z-scored state and action.
+
+        ValueError for fewer rows than `k`.
+        """
         super().prepare(data)
         rows = data.whole()
         table = self.key(self.obs_norm(rows.obs), rows.action)
+        if self.cfg.k > len(table):
+            raise ValueError(f"k={self.cfg.k}: '{data.id}' has {len(table)} rows, so k is in 1..{len(table)}")
         self.index = neighbours(table, self.cfg.neighbours, self.spec.obs_dim)
         data.require("row")
         self.data_action = rows.action

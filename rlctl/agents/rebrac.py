@@ -2,9 +2,11 @@
 
 Source: Tarasov et al. 2023, arXiv:2305.09836; official code github.com/tinkoff-ai/ReBRAC.
 Differs: the backup's penalty needs the data's next action, which the last row of an episode lacks. Where the episode
-terminated it is masked with the value; where it was cut the row keeps its bootstrap and goes without the penalty (the
-official view of the data drops that row). Both distances are SUMS over action dimensions, unlike TD3+BC's mean, and
-lambda is taken of min_j Q_j, not of Q_1. The lagged actor follows the actor as it was before the step, as there.
+terminated it is masked with the value; where it was cut the row keeps its bootstrap and goes without the penalty. (The
+official data drop that row, and its action serves the row before it; in our `d4rl_compat`, which drops it too, the row
+before it goes without the penalty: one in a thousand.) Both distances are SUMS over action dimensions, unlike TD3+BC's
+mean, and lambda is taken of min_j Q_j, not of Q_1. The lagged actor follows the actor as it was before the step, as
+there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from agent_helpers import ACT_DIM, OBS_DIM, as_dataset, batch_for, differing, snapshot, tiny, transitions
 from torch import Tensor
 
-from rlctl import agents
+from rlctl import agents, experiment
 from rlctl.agents.cdsa import CDSA, CDSAConfig
 from rlctl.config import build
 from rlctl.errors import UsageError
@@ -240,3 +240,12 @@ def test_the_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert build(CDSAConfig, {"base": "runs/x"}, "the config").base == str(tmp_path / "runs/x")
     assert build(CDSAConfig, {}, "the config").base == ""
+
+
+@pytest.mark.parametrize("which", [20, "20", "step_20", "best"])
+def test_a_checkpoint_is_named_as_everywhere(which: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(experiment, "load_named", lambda base, at, *a: (asked.append(at), (tiny("bc"), None))[1])
+    cfg = build(CDSAConfig, {"base": "runs/x", "checkpoint": which}, "the config")
+    agents.make(CDSA, Spec(OBS_DIM, ACT_DIM), cfg)
+    assert asked == [str(which)]

@@ -163,6 +163,11 @@ def test_the_policy_starts_as_a_clone(double: None) -> None:
     for _ in range(4):
         agent.update(batch)
     assert called == ["clone", "clone", "act", "act"]
+    # resumed to a length of which a quarter is more: the policy goes on as it was
+    longer = cql(alpha=0.5, steps=80, bc_share=0.25)
+    longer.counters |= agent.counters
+    longer.cloning_loss = lambda *a: pytest.fail("cloned again")  # type: ignore[assignment,method-assign]
+    longer.update(batch)
 
 
 @pytest.mark.parametrize("simultaneous", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_helpers import NoHostReads, batch_for, differing_keys, host_reads, snapshot, tiny
+from agent_helpers import NoHostReads, as_dataset, batch_for, differing_keys, host_reads, snapshot, tiny
 
 from rlctl import agents
 from rlctl.config import field_docs
@@ -74,6 +74,23 @@ def test_raw_rewards_are_transformed_in_the_update(name: str) -> None:
         results.append({k: x for k, x in snapshot(agent).items() if not k.startswith("reward.")})
     assert differing_keys(*results) == []
     assert differing_keys({k: x for k, x in snapshot(tiny(name)).items() if k in results[0]}, results[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+FITS = [n for n in NAMES if agents.get(n).sources() == {"data"}]
+
+
+@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(("obs", "act"), [(1, 0), (0, -1)])
+def test_data_of_other_dimensions_are_refused(name: str, obs: int, act: int) -> None:
+    """One action dimension would broadcast over three, in silence."""
+    agent = tiny(name)
+    batch = batch_for(agent)
+    own = agent.spec
+    wide = {"obs": own.obs_dim + obs, "next_obs": own.obs_dim + obs, "action": own.act_dim + act}
+    data = as_dataset(batch._replace(**{k: torch.zeros(len(batch.reward), n) for k, n in wide.items()}))
+    with pytest.raises(ValueError, match=f"observations of {own.obs_dim + obs} and actions of {own.act_dim + act}"):
+        agent.prepare(data)
 
 
 # ----------------------------------------------------------------------------------------------------- no host reads

@@ -161,6 +161,13 @@ def test_the_matrix_search_reads_nothing_on_the_host() -> None:
             agent.update(b)
 
 
+@pytest.mark.parametrize("neighbours", ["shortlist", "tree", "matrix"])
+def test_more_neighbours_than_rows_are_refused_before_training(neighbours: str) -> None:
+    prdc(rows(n=20), neighbours=neighbours, k=20)
+    with pytest.raises(ValueError, match=r"k=21: .* has 20 rows"):
+        prdc(rows(n=20), neighbours=neighbours, k=21)
+
+
 def test_the_tree_says_that_it_reads() -> None:
     assert "tree" in tiny("prdc", neighbours="tree").host_reads
 
