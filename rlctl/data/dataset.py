@@ -283,6 +283,9 @@ def load_dataset(
     missing keys, unequal lengths, numbers that are not finite, spaces that are not vectors, no h5py or pyarrow.
     """
     table, origin = read(source, view=view, episode_len=episode_len, obs_keys=obs_keys)
+    sizes = table.obs.shape[1], table.action.shape[1]
+    if 0 in sizes:
+        raise DatasetError(f"{source} has observations of {sizes[0]} and actions of {sizes[1]} numbers: both need one")
     obs, action, reward, next_obs, terminated, truncated = (torch.from_numpy(x).to(device) for x in table[:6])
     box = origin.action_box
     return Dataset(
