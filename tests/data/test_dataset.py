@@ -272,7 +272,7 @@ def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
 
 
 def test_actions_of_no_number_are_refused(tmp_path: Path) -> None:
-    none = {"rewards": np.zeros(4), "terminals": np.array([0, 0, 0, 1])}
+    none = {"rewards": np.zeros(4), "terminals": np.array([0, 0, 0, 1]), "timeouts": np.zeros(4)}
     np.savez(tmp_path / "a.npz", observations=np.zeros((4, 3)), actions=np.zeros((4, 0)), **none)  # type: ignore[arg-type]
     fails(tmp_path / "a.npz", "observations of 3 and actions of 0 numbers: both need one")
 
