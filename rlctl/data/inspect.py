@@ -16,6 +16,8 @@ from rlctl.data.reference import dataset_labels, normalized_score, reference_nam
 
 CLIPPED = 1 - 1e-4
 """An action component of at least this size counts as clipped."""
+PILE = 3
+"""At least so many episodes of exactly the greatest length are what a step limit leaves."""
 RANGE_FACTOR = 1000.0
 """A reward this many times the 99th percentile of |r| (at least 1) is out of range."""
 
@@ -146,15 +148,17 @@ def _terminals(table: Table, origin: Origin, episode_len: int | None) -> Iterato
     terminated, truncated = (x[table.ends - 1] for x in (table.terminated, table.truncated))
     named = origin.episode_len or episode_len
     limit = named or int(steps.max())
-    at_limit = terminated & ~truncated & (steps == limit)
-    if limit == 1:  # a bandit: every episode is one step, and its end is real
-        at_limit[:] = False
-    # without a known limit: several episodes of exactly the greatest length, none of them cut
-    suspicious = at_limit.sum() > 1 and not (truncated & (steps == limit)).any()
-    if at_limit.any() and (named or suspicious):
+    at_limit = terminated & (steps == limit) & (limit > 1)  # of one step: a bandit, whose ends are real
+    plain = at_limit & ~truncated
+    cut = truncated & ~terminated & (steps >= limit - 1)  # without stored successors a cut episode loses its last row
+    # a real end may fall on the limit, and then carries both flags, but that does not happen to nearly all
+    nearly_all = at_limit.sum() > 1 and at_limit.sum() > 9 * cut.sum()
+    wrong = at_limit if nearly_all else plain
+    if wrong.any() and (named or (nearly_all and _piled_up(steps))):
+        beside = " beside truncated" if plain.sum() < 0.5 * wrong.sum() else ""
         yield _error(
             "terminated",
-            f"set on the last row of {int(at_limit.sum()):,} episodes of exactly {limit} steps, "
+            f"set{beside} on the last row of {int(wrong.sum()):,} episodes of exactly {limit} steps, "
             f"{'the time limit' if named else 'the greatest length'}: a cut that was recorded as an end",
         )
     both = int((terminated & truncated).sum())
@@ -162,6 +166,17 @@ def _terminals(table: Table, origin: Origin, episode_len: int | None) -> Iterato
         yield _note("terminated", f"and truncated are both set at the end of {both:,} episodes")
     if named and (steps > named).any():
         yield _error("length", f"{int((steps > named).sum()):,} episodes are longer than the limit of {named} steps")
+
+
+def _piled_up(steps: Array) -> bool:
+    """Whether chance does not explain how many episodes have exactly the greatest length.
+
+    Lengths that only chance made thin out towards the greatest. A step limit heaps up there all that would have gone
+    on: at least `PILE` episodes, 1 % of all, and twice as many as in the tenth below it (at least 10 lengths wide).
+    """
+    most = int(steps.max())
+    heap, near = int((steps == most).sum()), int(((steps >= most - max(10, most // 10)) & (steps < most)).sum())
+    return heap >= max(PILE, 0.01 * len(steps)) and heap > 2 * near
 
 
 def _actions(table: Table) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from dataset_files import Write, episode
+from dataset_files import Episode, Write, episode
 
 from rlctl.data import inspect
 from rlctl.data.arrays import DatasetError
@@ -102,6 +102,37 @@ def test_terminals_at_the_time_limit(write_d4rl: Write, write_minari: Write) -> 
     one("toy/set-v0", "1 episodes of exactly 1000 steps, the time limit")
     # episodes of one step are those of a bandit, which ends by itself
     assert errors(write_d4rl("bandit.hdf5", [episode(k, 1, "terminated") for k in range(4)])) == []
+
+
+def test_terminals_at_the_time_limit_that_carry_both_flags(write_d4rl: Write, write_minari: Write) -> None:
+    def both(number: int, steps: int) -> Episode:
+        e = episode(number, steps)
+        return e | {"terminations": e["truncations"]}
+
+    ended = episode(9, 2, "terminated")
+    path = write_d4rl("x.hdf5", [*(both(k, 6) for k in range(3)), ended])
+    one(path, "terminated: set beside truncated on the last row of 3 episodes of exactly 6 steps, the greatest length")
+    one(path, "3 episodes of exactly 6 steps, the time limit", episode_len=6)
+    write_minari("toy/set-v0", [both(0, 1000), both(1, 1000)], env="Hopper-v5")
+    one("toy/set-v0", "beside truncated on the last row of 2 episodes of exactly 1000 steps, the time limit")
+    # an end that fell on the limit is a note, among others that were cut or by itself
+    for drop in ((), ("next_observations",)):
+        mixed = write_d4rl("y.hdf5", [both(0, 6), both(1, 6), *(episode(k, 6) for k in range(2, 5)), ended], drop=drop)
+        alone = write_d4rl("z.hdf5", [both(0, 6), ended], drop=drop)
+        assert errors(mixed, episode_len=6) == errors(mixed) == errors(alone, episode_len=6) == errors(alone) == []
+
+
+def test_a_tie_at_the_greatest_length_is_not_a_time_limit(write_d4rl: Write) -> None:
+    """A random policy's episodes end anywhere: two or three of the longest may be equal by chance."""
+
+    def found(lengths: list[int]) -> list[str]:
+        return errors(write_d4rl("x.hdf5", [episode(k % 9, n, "terminated") for k, n in enumerate(lengths)]))
+
+    assert found([5, 9, 14, 11, 28, 19, 23, 28]) == []
+    assert found([28, 28, 28, 27, 25, 22, 19]) == []  # close to others
+    assert found([40] * 3 + [2, 3] * 149) == []  # 1 % of the episodes at least
+    assert len(found([40] * 4 + [2, 3] * 149)) == 1
+    assert found(np.random.default_rng(1).integers(3, 30, 200).tolist()) == []
 
 
 def test_episodes_longer_than_the_limit(write_d4rl: Write) -> None:
