@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlctl.data import flat_files, minari_files
+from rlctl.data import flat_files
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table
-from rlctl.data.dataset import is_flat, read
+from rlctl.data.dataset import locate, read
 from rlctl.data.reference import dataset_labels, normalized_score, reference_name
 
 CLIPPED = 1 - 1e-4
@@ -89,17 +89,14 @@ def verify(
 
     DatasetError only where there is no dataset of that name.
     """
-    if is_flat(source):
-        flat_files.find_file(source)
-    elif source.endswith("main_data.hdf5"):
+    if Path(source).name == "main_data.hdf5":
         source = str(Path(source).parent)
+    file = locate(source)  # a wrong name is the caller's mistake, not the dataset's
     found = Findings()
     try:
         table, origin = read(source, episode_len=episode_len, found=found)
     except DatasetError as error:
-        if not is_flat(source):
-            minari_files.find_minari(source)  # a wrong name is the caller's mistake, not the dataset's
-        return [_error("file", line) for line in _lengths(source) or [*found, str(error)]]
+        return [_error("file", line) for line in _lengths(file) or [*found, str(error)]]
     out = [_error("data", line) for line in found]
     out += _successors(table)
     out += _terminals(table, origin, episode_len)
@@ -109,12 +106,12 @@ def verify(
     return sorted(out, key=lambda f: f.level)
 
 
-def _lengths(source: str) -> list[str]:
+def _lengths(file: Path) -> list[str]:
     """Every array of a flat file whose length is wrong, where that is what the reader stumbled over."""
-    if not is_flat(source):
+    if file.is_dir():
         return []
     try:
-        return flat_files.unequal_lengths(flat_files.find_file(source))
+        return flat_files.unequal_lengths(file)
     except DatasetError:
         return []
 

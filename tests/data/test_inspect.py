@@ -194,6 +194,16 @@ def test_missing_arrays_and_cut_files(write_d4rl: Write) -> None:
     one(path, "file: ", "not a whole HDF5 file")
 
 
+def test_a_d4rl_id_whose_file_is_damaged(write_d4rl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    write_d4rl("hopper-medium-v2.hdf5", EPISODES, actions=np.zeros((17, 2)))
+    one("hopper-medium-v2", "file: ", "actions has shape (17, 2), expected 18 rows")
+    (tmp_path / "hopper-medium-v2.hdf5").write_text("<html>")
+    one("hopper-medium-v2", "file: ", "hopper-medium-v2.hdf5 is not a whole HDF5 file")
+    with pytest.raises(DatasetError, match="no file of 'hopper-expert-v2'"):
+        inspect.verify("hopper-expert-v2")
+
+
 def test_notes_are_not_errors(write_d4rl: Write) -> None:
     both = np.concatenate([e["terminations"] | e["truncations"] for e in EPISODES])
     found = inspect.verify(str(write_d4rl("x.hdf5", EPISODES, timeouts=both, actions=np.zeros((N, 2)))))
