@@ -20,6 +20,8 @@ from rlctl.errors import UsageError
 
 BLOCK = 1 << 14
 """Rows worked on at a time."""
+ROUNDING = 1e-5
+"""Two numbers that differ by no more than this, times 1 + their size, are the same one, rounded."""
 
 Array = NDArray[Any]
 View = Literal["exact", "d4rl_compat"]
@@ -66,6 +68,8 @@ class Origin:
     """Steps after which the task truncates an episode, where the source says."""
     action_box: tuple[Array, Array] | None = None
     """Low and high [A] that the stored actions were mapped to [-1, 1] from; None: they are as stored."""
+    unflagged_ends: int = 0
+    """Ends of episodes that the `timeouts` of a flat file miss, found where its `next_observations` jump."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The source's own description (Minari's metadata). Of a flat file that was converted: `converted_from`, the `id`
     and `format` of what it was converted from."""
@@ -204,13 +208,14 @@ def _check_limit(episode_len: int) -> None:
 
 
 def jumps(observations: Array, successors: Array) -> Array:
-    """[N] bool: the stored successor is not the next row's observation (the last row: False)."""
+    """[N] bool: the stored successor is not the next row's observation, rounding aside (the last row: False)."""
     n = len(observations)
     jump = np.zeros(n, bool)
     for lo in range(0, n - 1, BLOCK):
         hi = min(lo + BLOCK, n - 1)
-        gap = np.abs(successors[lo:hi] - observations[lo + 1 : hi + 1])
-        jump[lo:hi] = (gap > 1e-6).any(1)
+        following = observations[lo + 1 : hi + 1]
+        gap = np.abs(successors[lo:hi] - following)
+        jump[lo:hi] = (gap > ROUNDING * (1 + np.abs(following))).any(1)
     return jump
 
 

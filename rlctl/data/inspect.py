@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlctl.data import flat_files
-from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table
+from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, jumps
 from rlctl.data.dataset import locate, read
 from rlctl.data.reference import dataset_labels, normalized_score, reference_name
 
@@ -99,6 +99,7 @@ def verify(
         return [_error("file", line) for line in _lengths(file) or [*found, str(error)]]
     out = [_error("data", line) for line in found]
     out += _successors(table)
+    out += _missed_ends(table, origin)
     out += _terminals(table, origin, episode_len)
     out += _actions(table)
     out += _rewards(table, reward_range)
@@ -128,9 +129,7 @@ def _successors(table: Table) -> Iterator[Finding]:
     goes_on = ~table.terminated  # a terminal row without a stored successor holds its own observation by construction
     n = int(inner.sum())
     same = (table.next_obs == table.obs).all(1) & goes_on
-    moved = np.zeros_like(inner)
-    gap = np.abs(table.next_obs[:-1] - table.obs[1:]) > 1e-5 * (1 + np.abs(table.obs[1:]))
-    moved[:-1] = gap.any(1) & inner[:-1]
+    moved = jumps(table.obs, table.next_obs) & inner
     if same.sum() > 0.5 * goes_on.sum():
         share = same.sum() / goes_on.sum()
         yield _error("next_obs", f"is a copy of obs in {share:.0%} of the rows: nothing can be learnt from such pairs")
@@ -138,6 +137,18 @@ def _successors(table: Table) -> Iterator[Finding]:
         where = f"in {int(moved.sum()):,} of {n:,} rows within episodes, first in row {int(moved.argmax())}"
         level = _error if moved.sum() > 0.01 * n else _note
         yield level("next_obs", f"is not the observation of the row that follows {where}")
+
+
+def _missed_ends(table: Table, origin: Origin) -> Iterator[Finding]:
+    missed, episodes = origin.unflagged_ends, len(table.ends)
+    if missed:
+        # few are seams where files were joined; with many, timeouts or next_obs cannot be trusted
+        level = _error if missed > min(0.01 * len(table.reward), 0.1 * episodes) else _note
+        yield level(
+            "timeouts",
+            f"not set in {missed:,} rows whose next_obs is not the observation of the row that follows: these are read "
+            f"as ends of episodes, {episodes:,} in all; the view d4rl_compat pairs across them",
+        )
 
 
 def _terminals(table: Table, origin: Origin, episode_len: int | None) -> Iterator[Finding]:

@@ -259,6 +259,25 @@ def test_d4rl_without_timeouts_finds_the_jumps(write_d4rl: Write) -> None:
     assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
 
 
+def test_d4rl_timeouts_that_miss_ends(write_d4rl: Write) -> None:
+    """The exact view ends episodes at the jumps too; D4RL's pairs go by the flags."""
+    path = write_d4rl("x.hdf5", THREE, timeouts=np.zeros(12, bool))
+    data = load_dataset(str(path))
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
+    assert data.origin.unflagged_ends == 1
+    assert load_dataset(str(path), view="d4rl_compat").episode_ends.tolist() == [4, 11]
+
+
+@pytest.mark.parametrize("drop", [(), ("timeouts",)])
+def test_d4rl_successors_that_differ_by_rounding_are_no_jumps(write_d4rl: Write, drop: tuple[str, ...]) -> None:
+    following = np.concatenate([e["observations"][1:] for e in THREE])
+    following[[1, 5]] *= 1 + 4e-7
+    data = load_dataset(str(write_d4rl("x.hdf5", THREE, next_observations=following, drop=drop)))
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    assert data.origin.unflagged_ends == 0
+
+
 def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
     episodes = [episode(0, 2, "terminated"), episode(1, 3), episode(2, 3), episode(3, 1, "open")]
     path = write_d4rl("x.hdf5", episodes, drop=("timeouts", "next_observations"))

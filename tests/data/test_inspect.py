@@ -70,6 +70,19 @@ def test_next_obs_of_a_file_that_does_not_tell_its_episodes(write_d4rl: Write) -
     one(write_d4rl("y.hdf5", short, next_observations=where), "is a copy of obs in 100%")
 
 
+def test_timeouts_that_miss_ends(write_d4rl: Write) -> None:
+    episodes = [episode(k % 9, 40) for k in range(20)]
+    timeouts = np.concatenate([e["truncations"] for e in episodes])
+    one(
+        write_d4rl("x.hdf5", episodes, timeouts=np.zeros(800, bool)),
+        "timeouts: not set in 19 rows whose next_obs is not the observation of the row that follows",
+        "20 in all",
+    )
+    timeouts[79] = False
+    [seam] = inspect.verify(str(write_d4rl("y.hdf5", episodes, timeouts=timeouts)))
+    assert (seam.level, seam.about, seam.message[:17]) == ("note", "timeouts", "not set in 1 rows")
+
+
 def test_files_without_timeouts_that_do_tell(write_d4rl: Write) -> None:
     drop = ("timeouts",)
     assert inspect.verify(str(write_d4rl("x.hdf5", EPISODES, actions=ACTIONS, drop=drop))) == []
