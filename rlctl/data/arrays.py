@@ -86,6 +86,20 @@ def complain(found: Findings | None, message: str) -> None:
     found.append(message)
 
 
+def as_flags(values: Array, what: str, found: Findings | None = None) -> Array:
+    """`values` (bool, integers or floats) as bool; refuse, by the name of `what` they are, others than 0 and 1."""
+    flags: Array = values != 0
+    wrong = flags & (values != 1)
+    if wrong.any():
+        row = int(wrong.reshape(-1).argmax())
+        complain(
+            found,
+            f"{what} holds values other than 0 and 1 in {int(wrong.sum()):,} rows, "
+            f"first {values.reshape(-1)[row]} in row {row}: set each to one of them",
+        )
+    return flags
+
+
 def check_view(view: str) -> None:
     """DatasetError for a view there is not."""
     if view not in get_args(View):

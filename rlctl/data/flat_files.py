@@ -90,8 +90,9 @@ def read_flat(
         successors = "next_observations" in columns and view == "exact"
         if successors:
             columns["next_observations"].fill(table.next_obs)
-        reward, terminal = _vector(columns["rewards"], np.float64), _vector(columns["terminals"], bool)
-        timeout = _vector(columns["timeouts"], bool) if "timeouts" in columns else None
+        reward = _vector(columns["rewards"], np.float64)
+        terminal = _flags(columns["terminals"], f"{where}: terminals", found)
+        timeout = _flags(columns["timeouts"], f"{where}: timeouts", found) if "timeouts" in columns else None
 
     flagged, unflagged = timeout is not None, np.zeros(n, bool)
     if timeout is None:
@@ -187,10 +188,14 @@ def _check_columns(columns: Mapping[str, Column], where: str) -> int:
 
 
 def _vector(column: Column, dtype: Any) -> Array:
-    """[N] of a column of [N] or [N, 1]; of `dtype` bool, what is not 0."""
-    out = np.empty(column.shape, column.dtype if dtype is bool else dtype)
+    """[N] of a column of [N] or [N, 1]."""
+    out = np.empty(column.shape, dtype)
     column.fill(out)
-    return (out != 0).reshape(-1) if dtype is bool else out.reshape(-1)
+    return out.reshape(-1)
+
+
+def _flags(column: Column, what: str, found: Findings | None) -> Array:
+    return arrays.as_flags(_vector(column, column.dtype), what, found)
 
 
 @contextmanager

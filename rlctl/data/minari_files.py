@@ -39,6 +39,7 @@ class Episode(NamedTuple):
     reward: Array
     terminated: Array
     truncated: Array
+    """As stored: bool, or numbers that should be 0 or 1."""
 
 
 # -------------------------------------------------------------------------------------------------------- where, what
@@ -182,6 +183,8 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
         check_lengths(shapes, t, where, bad)
         for leaf in e.obs:
             check_lengths({"observations": leaf.shape}, t + 1, where, bad)
+        terminated = arrays.as_flags(e.terminated, f"{where}: terminations", bad)
+        truncated = arrays.as_flags(e.truncated, f"{where}: truncations", bad)
         if bad:
             complain(noted if found is not None else None, bad[0])
             noted += bad[1:]
@@ -203,7 +206,7 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
         b = a + t
         table.obs[a:b], table.next_obs[a:b] = obs[:-1], obs[1:]
         table.action[a:b], reward[a:b] = action, e.reward
-        terminal[a:b], timeout[a:b], last[b - 1] = e.terminated, e.truncated, True
+        terminal[a:b], timeout[a:b], last[b - 1] = terminated, truncated, True
         a = b
     if found is not None:
         found += noted
@@ -382,7 +385,7 @@ class _ArrowStore(_Store):
             self._leaves(columns[k], f"{name}/{k}")[0][:-1]
             for k in ("actions", "rewards", "terminations", "truncations")
         )
-        return Episode(f"episode {name}", obs, action, reward, terminated.astype(bool), truncated.astype(bool))
+        return Episode(f"episode {name}", obs, action, reward, terminated, truncated)
 
     def _parts(self, name: str) -> list[Path]:
         self.current = f"episode {name}"

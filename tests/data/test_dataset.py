@@ -167,6 +167,8 @@ def test_minari_damage(write_minari: Write) -> None:
     fails("toy/set-v0", "episode_1: observations has shape .*, expected 5 rows")
     edit(lambda g: g.__delitem__("truncations"))
     fails("toy/set-v0", "no 'truncations' in /episode_1")
+    edit(lambda g: (g.pop("truncations"), g.create_dataset("truncations", data=[0, 0, 0, 0.5])))
+    fails("toy/set-v0", "episode_1: truncations holds values other than 0 and 1 in 1 rows, first 0.5 in row 3")
     edit(lambda g: g["observations"].__setitem__((2, 1), np.nan))
     fails("toy/set-v0", r"obs of transition 6 \(episode 1\) is NaN")
     main.write_bytes(whole[: len(whole) // 2])
@@ -308,6 +310,12 @@ def test_d4rl_columns_of_width_one(write_d4rl: Write) -> None:
         ({"rewards": np.full(12, np.inf)}, r"reward of transition 0 \(episode 0\) is NaN or infinite"),
         ({"next_observations": np.full((12, 3), np.nan)}, "next_obs of transition 0"),
         ({"actions": np.full((12, 2), b"x")}, "actions holds .*, not numbers"),
+        (
+            {"terminals": np.eye(12)[3] * np.nan},
+            "terminals holds values other than 0 and 1 in 12 rows, first nan in row 0",
+        ),
+        ({"timeouts": np.eye(12)[3] / 2}, "timeouts holds values other than 0 and 1 in 1 rows, first 0.5 in row 3"),
+        ({"timeouts": np.eye(12, dtype=int)[3] * -1}, "first -1 in row 3"),
     ],
 )
 def test_d4rl_damage(write_d4rl: Write, change: dict[str, Any], message: str) -> None:

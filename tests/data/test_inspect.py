@@ -179,6 +179,15 @@ def test_nan_and_infinities_are_counted(write_d4rl: Write) -> None:
     assert [f for f in found if "action of transition 3 (episode 0) is NaN or infinite" in f]
 
 
+def test_flags_that_are_neither(write_d4rl: Write) -> None:
+    terminals = np.concatenate([e["terminations"] for e in EPISODES]).astype(np.float32)
+    terminals[[5, 6]] = np.nan, 0.5
+    one(
+        write_d4rl("x.hdf5", EPISODES, terminals=terminals),
+        "terminals holds values other than 0 and 1 in 2 rows, first",
+    )
+
+
 def test_actions_out_of_range(write_d4rl: Write) -> None:
     actions = ACTIONS.copy()
     actions[[4, 6], 0] = 1.5, -3
