@@ -190,7 +190,7 @@ def sums(reward: Array, ends: Array) -> Array:
 
 def step_limit(terminal: Array, episode_len: int) -> Array:
     """[N] bool: the `episode_len`-th step after the last end."""
-    _check_limit(episode_len)
+    check_limit(episode_len)
     n = len(terminal)
     starts = np.concatenate([[0], np.flatnonzero(terminal) + 1])
     step = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
@@ -204,7 +204,7 @@ def d4rl_step_limit(terminal: Array, episode_len: int) -> Array:
     Its step counter starts at 1, not 0, after a terminal (it is reset and then counts the terminal row itself), so
     such an episode is cut one step early; and at 0 after a cut.
     """
-    _check_limit(episode_len)
+    check_limit(episode_len)
     out = np.zeros(len(terminal), bool)
     begin, count = 0, 0
     for end in [*(np.flatnonzero(terminal) + 1), len(terminal)]:
@@ -216,9 +216,12 @@ def d4rl_step_limit(terminal: Array, episode_len: int) -> Array:
     return out
 
 
-def _check_limit(episode_len: int) -> None:
-    if episode_len < 1:
-        raise DatasetError(f"an episode has at least one step, got episode_len={episode_len}")
+def check_limit(episode_len: int) -> None:
+    """DatasetError unless it is a whole number of steps, at least one."""
+    if not isinstance(episode_len, int) or episode_len < 1:
+        raise DatasetError(
+            f"an episode has at least one step, and a whole number of them: got episode_len={episode_len!r}"
+        )
 
 
 def jumps(observations: Array, successors: Array) -> Array:

@@ -82,6 +82,8 @@ def read_flat(
     `timeouts` D4RL's own count of `episode_len` steps stands in for them.
     """
     where = str(path)
+    if episode_len is not None:
+        arrays.check_limit(episode_len)
     with _columns(path) as columns:
         n = _check_columns(columns, where)
         table = allocate(n, columns["observations"].shape[1], columns["actions"].shape[1])
@@ -119,7 +121,7 @@ def read_flat(
                 f"{where} has {'no timeouts' if view != 'exact' else 'neither timeouts nor next_observations'}, so "
                 f"where an episode was cut cannot be told: {PASS_EPISODE_LEN}"
             )
-        elif view == "exact":
+        if view == "exact":
             unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
         else:
             timeout = arrays.d4rl_step_limit(terminal, episode_len)

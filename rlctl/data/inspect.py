@@ -218,8 +218,8 @@ def _rewards(table: Table, bounds: tuple[float, float] | None) -> Iterator[Findi
 
 def _metadata(table: Table, origin: Origin) -> Iterator[Finding]:
     said, count = origin.meta.get("total_steps"), len(table.reward)
-    if said is not None and int(said) != count:
-        yield _error("metadata", f"total_steps is {said}, the data holds {count}")
+    if said is not None and said != count:
+        yield _error("metadata", f"total_steps is {said!r}, the data holds {count}")
 
 
 def _error(about: str, message: str) -> Finding:

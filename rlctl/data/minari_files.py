@@ -86,14 +86,19 @@ def describe(data: Path) -> Origin:
     spec: dict[str, Any] = {}
     with contextlib.suppress(KeyError, TypeError, ValueError):  # Minari stores none for a task that has none
         spec = dict(json.loads(meta["env_spec"]))
-    options = {k: v for k, v in (spec.get("kwargs") or {}).items() if k != "render_mode"}
-    limit = spec.get("max_episode_steps")
+    kwargs, limit = spec.get("kwargs") or {}, spec.get("max_episode_steps") or 0
+    for key, value, allowed, good in (
+        ("kwargs", kwargs, "a JSON object", isinstance(kwargs, dict)),
+        ("max_episode_steps", limit, "a whole number", isinstance(limit, int | float) and limit % 1 == 0),
+    ):
+        if not good:
+            raise DatasetError(f"{data / 'metadata.json'}: {key} of its env_spec is {value!r}, not {allowed}: mend it")
     return Origin(
         id=str(meta.get("dataset_id") or data.parent.name),
         format=f"minari-{meta.get('data_format', 'hdf5')}",
         env_id=spec.get("id"),
-        env_options=options,
-        episode_len=int(limit) if limit else None,
+        env_options={k: v for k, v in kwargs.items() if k != "render_mode"},
+        episode_len=int(limit) if limit > 0 else None,  # -1 to Gymnasium: no limit
         meta=meta,
     )
 
@@ -108,14 +113,20 @@ def read_minari(
     - The last row of an episode that carries neither flag (an unfinished episode) is truncated. A flag in the middle of
       a stored episode ends an episode there.
     - Dict observations are concatenated in sorted key order, nested ones depth first (the order of Gymnasium's
-      FlattenObservation). `obs_keys` picks some of the keys, in its own order; in the view `d4rl_compat` it defaults to
-      what D4RL's vector of that family holds (`OBS_KEYS`).
+      FlattenObservation). `obs_keys` picks some of the keys (or the one key), in its own order; in the view
+      `d4rl_compat` it defaults to what D4RL's vector of that family holds (`OBS_KEYS`).
     - Actions of a bounded Box are mapped to [-1, 1]: the unit in which agents act and in which tasks take actions.
 
     `view="d4rl_compat"` gives the pairs that D4RL's loader would make of the same episodes. With `found`, damaged
     episodes are noted there and left out instead of refused.
     """
     origin = describe(data)
+    if isinstance(obs_keys, str):
+        obs_keys = (obs_keys,)
+    if obs_keys is not None:
+        named = isinstance(obs_keys, Sequence) and all(isinstance(k, str) for k in obs_keys)
+        if not named or not obs_keys:
+            raise DatasetError(f"obs_keys names keys of a Dict observation, one or a list, got {obs_keys!r}")
     if view != "exact" and obs_keys is None:
         words = re.findall(r"[a-z0-9]+", f"{origin.id} {origin.env_id}".lower())
         obs_keys = next((keys for family, keys in OBS_KEYS.items() if family in words), None)
@@ -216,8 +227,14 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
     return _Filled(table, reward[:a], terminal[:a], timeout[:a], last[:a])
 
 
+def _load_space(text: Any) -> Any:
+    return json.loads(text) if isinstance(text, str) else text
+
+
 def _is_dict(text: Any) -> bool:
-    return text is not None and (json.loads(text) if isinstance(text, str) else text)["type"] == "Dict"
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged one is `_check_space`'s to refuse
+        return bool(_load_space(text)["type"] == "Dict")
+    return False
 
 
 def _check_space(
@@ -226,22 +243,37 @@ def _check_space(
     """Refuse a space that does not flatten to one vector; low and high of a bounded Box other than [-1, 1]."""
     if text is None:  # files written before Minari stored the spaces
         return None
-    space = json.loads(text) if isinstance(text, str) else text
+    try:
+        return _walk_space(text, what, where, keys, allow_dict)
+    except DatasetError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DatasetError(
+            f"{where / 'metadata.json'}: the {what} space is damaged ({reason}): fetch the dataset again"
+        ) from None
+
+
+def _walk_space(
+    text: Any, what: str, where: Path, keys: Sequence[str] | None, allow_dict: bool
+) -> tuple[Array, Array] | None:
+    space = _load_space(text)
     kind = space["type"]
     if kind == "Dict" and allow_dict:
         subspaces = space["subspaces"]
         for key in subspaces if keys is None else keys:
             if key not in subspaces:
                 raise DatasetError(f"{where}: the {what} has no key '{key}'; it has {', '.join(sorted(subspaces))}")
-            _check_space(subspaces[key], f"{what} '{key}'", where, keys=None, allow_dict=True)
+            _walk_space(subspaces[key], f"{what} '{key}'", where, None, True)
         return None
     if keys is not None:
         raise DatasetError(f"{where}: the {what} space is {kind}, not Dict: leave obs_keys out")
     allowed = "vectors (Box, or Dict of Box)" if allow_dict else "vectors (Box)"
     if kind != "Box":
         raise DatasetError(f"{where}: the {what} space is {kind}; only {allowed} can be read")
-    if len(space["shape"]) > 1:
-        raise DatasetError(f"{where}: the {what} space is a Box of shape {tuple(space['shape'])}; only {allowed}")
+    shape = tuple(int(n) for n in space["shape"])
+    if len(shape) > 1:
+        raise DatasetError(f"{where}: the {what} space is a Box of shape {shape}; only {allowed}")
     low, high = (np.asarray(space[k], np.float32) for k in ("low", "high"))
     if allow_dict or not (np.isfinite(low) & np.isfinite(high) & (high > low)).all():
         return None
@@ -305,6 +337,9 @@ class _Hdf5Store(_Store):
 
     def names(self) -> list[str]:
         found = [n for n in self.file if n.startswith("episode_")]
+        for name in found:
+            if not re.fullmatch(r"episode_\d+", name):
+                raise DatasetError(f"{self.data}: '{name}' has no number, as in episode_0: rename it or take it out")
         return sorted(found, key=lambda n: int(n.removeprefix("episode_")))
 
     def length(self, name: str) -> int:
@@ -319,7 +354,7 @@ class _Hdf5Store(_Store):
         try:
             group = h5g.open(self.file.id, name.encode())
             nodes = [h5d.open(group, path.encode()) for path in paths]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             nodes = [self._get(self.file, f"{name}/{path}").id for path in paths]  # says which one is missing
         read = (self._read(node, f"/{name}/{path}") for node, path in zip(nodes, paths, strict=True))
         *obs, action, reward, terminated, truncated = read
@@ -347,7 +382,7 @@ class _Hdf5Store(_Store):
     def _get(self, node: Any, name: str) -> Any:
         try:
             return node[name]
-        except KeyError:
+        except (KeyError, ValueError):  # ValueError: an array where a group should be
             parent, _, child = f"{node.name}/{name}".replace("//", "/").rpartition("/")
             there = node.file.get(parent or "/")
             present = ", ".join(sorted(there)[:8]) if there is not None and not hasattr(there, "dtype") else "nothing"

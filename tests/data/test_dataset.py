@@ -181,6 +181,50 @@ def test_minari_damage(write_minari: Write) -> None:
     ]:
         meta.write_text(text)
         fails("toy/set-v0", message)
+    meta.write_text(info)
+    edit(lambda g: g.file.move("episode_1", "episode_x"))
+    fails("toy/set-v0", "'episode_x' has no number, as in episode_0")
+    edit(lambda g: g.file.__delitem__("episode_1"))
+    with h5py.File(main, "a") as file:
+        file["episode_1"] = np.zeros(4)
+    fails("toy/set-v0", "no 'rewards' in /episode_1|no 'observations' in /episode_1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("action_space", '{"type":', r"the action space is damaged \(Expecting value"),
+        ("action_space", '{"shape": [2]}', r"the action space is damaged \(it has no 'type'\)"),
+        ("action_space", '{"type": "Box", "shape": [2], "high": [1, 1]}', r"the action space is .*no 'low'\)"),
+        ("action_space", '{"type": "Box", "shape": ["a"], "low": 0, "high": 1}', "the action space is damaged"),
+        ("observation_space", "[1]", "the observation space is damaged"),
+        ("observation_space", '{"type": "Dict", "subspaces": {"a": {"type": "Box"}}}', "observation.*no 'shape'"),
+        ("observation_space", 3, "the observation space is damaged"),
+        (
+            "env_spec",
+            '{"max_episode_steps": "many"}',
+            "max_episode_steps of its env_spec is 'many', not a whole number",
+        ),
+        ("env_spec", '{"max_episode_steps": 2.5}', "max_episode_steps of its env_spec is 2.5"),
+        ("env_spec", '{"kwargs": [1]}', r"kwargs of its env_spec is \[1\], not a JSON object"),
+    ],
+)
+def test_minari_damaged_metadata(write_minari: Write, key: str, value: Any, message: str) -> None:
+    meta = write_minari("toy/set-v0", [episode(0, 4)]) / "data/metadata.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {key: value}))
+    fails("toy/set-v0", rf"metadata.json: .*{message}")
+    if key != "env_spec":
+        with pytest.raises(DatasetError, match=message):
+            load_dataset("toy/set-v0", view="d4rl_compat")
+
+
+def test_minari_limit_that_is_none(write_minari: Write) -> None:
+    meta = write_minari("toy/set-v0", [episode(0, 4)]) / "data/metadata.json"
+    for said, limit in ((-1, None), (None, None), (7.0, 7)):
+        meta.write_text(
+            json.dumps(json.loads(meta.read_text()) | {"env_spec": json.dumps({"max_episode_steps": said})})
+        )
+        assert load_dataset("toy/set-v0").origin.episode_len == limit
 
 
 def test_minari_without_spaces_or_env_in_its_metadata(write_minari: Write) -> None:
@@ -288,8 +332,10 @@ def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
     assert data.episode_ends.tolist() == [2, 4, 6]
     live = ~data.rows.terminated
     torch.testing.assert_close(data.rows.next_obs[live], data.rows.obs[live] + 1)
-    with pytest.raises(DatasetError, match="at least one step"):
-        load_dataset(str(path), episode_len=0)
+    for wrong in (0, "abc", 2.5):
+        for source in (path, write_d4rl("flagged.hdf5", episodes)):  # also where it is not needed
+            with pytest.raises(DatasetError, match=rf"at least one step.*got episode_len={wrong!r}"):
+                load_dataset(str(source), episode_len=wrong)  # type: ignore[arg-type]
 
 
 def test_d4rl_columns_of_width_one(write_d4rl: Write) -> None:

@@ -171,6 +171,19 @@ def test_every_damaged_episode_is_named(write_minari: Write) -> None:
     assert "metadata: total_steps is 18, the data holds 9" in found[2]
 
 
+def test_damaged_metadata_is_a_finding(write_minari: Write) -> None:
+    meta = write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES])
+    meta = meta / "data/metadata.json"
+    info = json.loads(meta.read_text())
+    for change, *words in (
+        ({"action_space": '{"type":'}, "file: ", "the action space is damaged"),
+        ({"env_spec": '{"max_episode_steps": "many"}'}, "file: ", "max_episode_steps of its env_spec is 'many'"),
+        ({"total_steps": "nine"}, "metadata: total_steps is 'nine', the data holds 18"),
+    ):
+        meta.write_text(json.dumps(info | change))
+        one("toy/set-v0", *words)
+
+
 def test_nan_and_infinities_are_counted(write_d4rl: Write) -> None:
     rewards, actions = np.ones(N, np.float32), ACTIONS.copy()
     rewards[[2, 5, 7]], actions[3, 1] = np.inf, np.nan
