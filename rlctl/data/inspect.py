@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlctl.data import flat_files
+from rlctl.data import flat_files, minari_files
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, jumps
 from rlctl.data.dataset import locate, read
 from rlctl.data.reference import dataset_labels, normalized_score, reference_name
@@ -83,9 +83,10 @@ def verify(
 ) -> list[Finding]:
     """Everything wrong with a dataset, one finding per line; an empty list for a clean one.
 
-    Looked for: arrays of unequal lengths, missing arrays, damaged files, NaN and infinities, `next_obs` that is a copy
-    of `obs` or not the observation that follows, terminals at the time limit, actions outside [-1, 1], rewards out of
-    `reward_range` (or far out of their own, without one), metadata that disagrees with the data.
+    Looked for: arrays of unequal lengths, missing arrays, damaged files, NaN and infinities, flags that are neither 0
+    nor 1, `next_obs` that is a copy of `obs`, not the observation that follows or that of a reset, ends that `timeouts`
+    misses, terminals at the time limit, actions outside [-1, 1], rewards out of `reward_range` (or far out of their
+    own, without one), metadata that disagrees with the data.
 
     DatasetError only where there is no dataset of that name.
     """
@@ -100,10 +101,11 @@ def verify(
     out = [_error("data", line) for line in found]
     out += _successors(table)
     out += _missed_ends(table, origin)
+    out += _resets(table)
     out += _terminals(table, origin, episode_len)
     out += _actions(table)
     out += _rewards(table, reward_range)
-    out += _metadata(table, origin)
+    out += _metadata(table, origin, file)
     return sorted(out, key=lambda f: f.level)
 
 
@@ -148,6 +150,30 @@ def _missed_ends(table: Table, origin: Origin) -> Iterator[Finding]:
             "timeouts",
             f"not set in {missed:,} rows whose next_obs is not the observation of the row that follows: these are read "
             f"as ends of episodes, {episodes:,} in all; the view d4rl_compat pairs across them",
+        )
+
+
+def _resets(table: Table) -> Iterator[Finding]:
+    """Successors of cut rows that an environment which resets by itself put in the place of the true ones.
+
+    Data that goes on without a reset (mazes that only move the goal) also have the next episode's first observation
+    there. It is one step away then; a reset leads farther than nearly all steps do, in at least one number.
+    """
+    last = table.ends[:-1] - 1
+    last = last[table.truncated[last] & ~table.terminated[last]]
+    wrong = (table.next_obs[last] == table.obs[last + 1]).all(1)
+    inner = np.flatnonzero(_inner(table))
+    if not wrong.any() or wrong.sum() < 0.9 * len(last) or not len(inner):
+        return
+    some = inner[:: 1 + len(inner) // 100_000]
+    usual = np.percentile(np.abs(table.next_obs[some] - table.obs[some]), 99, axis=0)
+    step = np.abs(table.next_obs[last] - table.obs[last])
+    far = ((step > usual) & (usual > 0)).any(1)  # what hardly ever changes within an episode is a goal
+    if far.sum() > 0.5 * len(last):
+        yield _error(
+            "next_obs",
+            f"is the first observation of the next episode in {int(wrong.sum()):,} of {len(last):,} truncated rows: "
+            "the environment had reset before it was stored",
         )
 
 
@@ -216,10 +242,18 @@ def _rewards(table: Table, bounds: tuple[float, float] | None) -> Iterator[Findi
         yield _note("reward", f"is {reward[0]:g} in every row")
 
 
-def _metadata(table: Table, origin: Origin) -> Iterator[Finding]:
-    said, count = origin.meta.get("total_steps"), len(table.reward)
-    if said is not None and said != count:
-        yield _error("metadata", f"total_steps is {said!r}, the data holds {count}")
+def _metadata(table: Table, origin: Origin, file: Path) -> Iterator[Finding]:
+    if not file.is_dir():
+        return
+    counts = {"total_steps": len(table.reward), "total_episodes": minari_files.count_episodes(file)}
+    for key, count in counts.items():
+        said = origin.meta.get(key)
+        if said is not None and said != count:
+            yield _error("metadata", f"{key} is {said!r}, the data holds {count}")
+    for what, width in (("observation", table.obs.shape[1]), ("action", table.action.shape[1])):
+        said = minari_files.space_width(origin.meta.get(f"{what}_space"))
+        if said is not None and said != width:
+            yield _error("metadata", f"the {what} space is one of {said} numbers, each stored {what} has {width}")
 
 
 def _error(about: str, message: str) -> Finding:

@@ -166,6 +166,22 @@ def read_minari(
     return table, Origin(**(vars(origin) | {"action_box": box}))
 
 
+def count_episodes(data: Path) -> int:
+    """Episodes that a `data` folder stores, empty and damaged ones included."""
+    with _open(data, describe(data).format, None) as store:
+        return len(store.names())
+
+
+def space_width(text: Any) -> int | None:
+    """Numbers in a space of the metadata that `read_minari` took; None where there is none."""
+    if text is None:
+        return None
+    space = _load_space(text)
+    if space["type"] == "Dict":
+        return sum(space_width(x) or 0 for x in space["subspaces"].values())
+    return int(np.prod(space["shape"], dtype=np.int64))
+
+
 class _Filled(NamedTuple):
     table: Table
     """`obs`, `next_obs` and `action` as stored; the rest is still empty."""

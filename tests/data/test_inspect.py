@@ -83,6 +83,25 @@ def test_timeouts_that_miss_ends(write_d4rl: Write) -> None:
     assert (seam.level, seam.about, seam.message[:17]) == ("note", "timeouts", "not set in 1 rows")
 
 
+def test_next_obs_of_a_reset(write_d4rl: Write) -> None:
+    """An environment that resets by itself gives the next episode's first observation in the place of the last one."""
+    episodes = [episode(k, 20) for k in range(6)]
+    obs = np.concatenate([e["observations"][:-1] for e in episodes])
+    following = np.concatenate([obs[1:], episodes[-1]["observations"][-1:]])
+    one(
+        write_d4rl("x.hdf5", episodes, next_observations=following),
+        "next_obs: is the first observation of the next episode in 5 of 5 truncated rows",
+    )
+    # the successor of a terminal row is masked
+    ended = [episode(k, 20 + k, "terminated") for k in range(6)]
+    obs = np.concatenate([e["observations"][:-1] for e in ended])
+    assert errors(write_d4rl("y.hdf5", ended, next_observations=np.concatenate([obs[1:], obs[-1:]]))) == []
+    # no reset, only a new goal: the next episode begins where this one ended
+    walk = np.random.default_rng(0).normal(size=(121, 3)).cumsum(0)
+    walk[:, 2] = np.arange(121) // 20
+    assert errors(write_d4rl("z.hdf5", episodes, observations=walk[:-1], next_observations=walk[1:])) == []
+
+
 def test_files_without_timeouts_that_do_tell(write_d4rl: Write) -> None:
     drop = ("timeouts",)
     assert inspect.verify(str(write_d4rl("x.hdf5", EPISODES, actions=ACTIONS, drop=drop))) == []
@@ -171,14 +190,29 @@ def test_every_damaged_episode_is_named(write_minari: Write) -> None:
     assert "metadata: total_steps is 18, the data holds 9" in found[2]
 
 
-def test_damaged_metadata_is_a_finding(write_minari: Write) -> None:
+def test_metadata_that_is_damaged_or_untrue(write_minari: Write) -> None:
     meta = write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES])
     meta = meta / "data/metadata.json"
     info = json.loads(meta.read_text())
+
+    def box(n: int) -> dict[str, Any]:
+        return {"type": "Box", "shape": [n], "low": [-1] * n, "high": [1] * n}
+
+    parts = {"type": "Dict", "subspaces": {"a": box(3), "b": {"type": "Box", "shape": [], "low": 0, "high": 1}}}
     for change, *words in (
         ({"action_space": '{"type":'}, "file: ", "the action space is damaged"),
         ({"env_spec": '{"max_episode_steps": "many"}'}, "file: ", "max_episode_steps of its env_spec is 'many'"),
         ({"total_steps": "nine"}, "metadata: total_steps is 'nine', the data holds 18"),
+        ({"total_episodes": 77}, "metadata: total_episodes is 77, the data holds 4"),
+        (
+            {"observation_space": box(5)},
+            "metadata: the observation space is one of 5 numbers, each stored observation has 3",
+        ),
+        (
+            {"observation_space": parts},
+            "metadata: the observation space is one of 4 numbers, each stored observation has 3",
+        ),
+        ({"action_space": box(4)}, "metadata: the action space is one of 4 numbers, each stored action has 2"),
     ):
         meta.write_text(json.dumps(info | change))
         one("toy/set-v0", *words)
