@@ -58,9 +58,13 @@ def find_file(source: str) -> Path:
     if path.is_file():
         return path
     beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4) or beside[:3]
+    close = difflib.get_close_matches(path.name, beside, n=3)
     kind = "npz" if path.suffix == ".npz" else "HDF5"
-    hint = f"nearest there: {', '.join(close)}" if close else f"no {kind} file is in that folder"
+    hint = f"no {kind} file is in that folder"
+    if close:
+        hint = f"nearest there: {', '.join(close)}"
+    elif beside:
+        hint = f"nothing there has a name like it; the first of {len(beside)}: {', '.join(beside[:3])}"
     raise DatasetError(f"no file {path} ({hint})")
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlctl.data import arrays
+from rlctl.data import arrays, d4rl
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View, allocate, check_finite, complain
 from rlctl.data.flat_files import check_lengths, open_hdf5
 
@@ -57,16 +57,25 @@ def local_ids(root: Path) -> list[str]:
 
 
 def find_minari(source: str) -> Path:
-    """The `data` folder of a Minari id or of a path to a dataset; DatasetError naming the nearest local ids."""
+    """The `data` folder of a Minari id or of a path to a dataset; DatasetError naming the nearest ids, D4RL's too."""
     root = minari_root()
     for folder in (root / source, Path(source).expanduser()):
         for data in (folder / "data", folder):
             if (data / "metadata.json").is_file():
                 return data
     ids = local_ids(root)
-    close = difflib.get_close_matches(source, ids, n=3, cutoff=0.4) or ids[:3]
-    hint = f"nearest there: {', '.join(close)}" if close else "there is none; MINARI_DATASETS_PATH names another root"
-    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {source}` fetches a public one")
+    close = difflib.get_close_matches(source, ids, n=3)
+    hint = "there is none; MINARI_DATASETS_PATH names another root"
+    if close:
+        hint = f"nearest there: {', '.join(close)}"
+    elif ids:
+        hint = f"none of the {len(ids)} there has a name like it: rlctl data list"
+    theirs = [] if "/" in source else difflib.get_close_matches(source, list(d4rl.catalogue()), n=3)
+    if theirs:
+        hint = f"{hint}; " if close else ""
+        hint += f"D4RL has {', '.join(theirs)}"
+    public = theirs[0] if theirs else source
+    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {public}` fetches a public one")
 
 
 def read_metadata(data: Path) -> dict[str, Any]:

@@ -144,9 +144,12 @@ def test_the_config_shipped_for_the_task_a_dataset_names(write_minari: Write, wr
 
 def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
     fails("hopper/medium-v0", "there is none; MINARI_DATASETS_PATH")
+    fails("hopper-meduim-v2", r"\(D4RL has hopper-medium-v2, .*`rlctl data download hopper-medium-v2`")
     write_minari("hopper/medium-v0", [episode(0, 2)])
     write_minari("door/human-v2", [episode(0, 2)])
     fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*rlctl data download")
+    fails("zzz/qqq-v0", r"none of the 2 there has a name like it: rlctl data list\); `rlctl data download zzz/qqq-v0`")
+    fails("hopper-meduim-v2", r"nearest there: hopper/medium-v0; D4RL has hopper-medium-v2, ")
     (root / "hopper/medium-v0/data/main_data.hdf5").unlink()
     fails("hopper/medium-v0", "main_data.hdf5: the dataset is incomplete")
 
@@ -372,6 +375,7 @@ def test_d4rl_missing_empty_and_cut_files(write_d4rl: Write, tmp_path: Path) -> 
     fails(tmp_path / "hopper.hdf5", "no HDF5 file is in that folder")
     path = write_d4rl("hopper_medium-v2.hdf5", THREE)
     fails(tmp_path / "hoper_medium-v2.hdf5", r"nearest there: hopper_medium-v2.hdf5")
+    fails(tmp_path / "q.npz", r"nothing there has a name like it; the first of 1: hopper_medium-v2.hdf5")
     path.write_bytes(path.read_bytes()[:-100])
     fails(path, "not a whole HDF5 file .*truncated")
     path.write_text("hello")
