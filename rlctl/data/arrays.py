@@ -20,6 +20,8 @@ from rlctl.errors import UsageError
 
 BLOCK = 1 << 14
 """Rows worked on at a time."""
+ROUNDING = 1e-5
+"""Two numbers that differ by no more than this, times 1 + their size, are the same one, rounded."""
 
 Array = NDArray[Any]
 View = Literal["exact", "d4rl_compat"]
@@ -66,6 +68,8 @@ class Origin:
     """Steps after which the task truncates an episode, where the source says."""
     action_box: tuple[Array, Array] | None = None
     """Low and high [A] that the stored actions were mapped to [-1, 1] from; None: they are as stored."""
+    unflagged_ends: int = 0
+    """Ends of episodes that the `timeouts` of a flat file miss, found where its `next_observations` jump."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The source's own description (Minari's metadata). Of what `rlctl data convert` wrote: `converted_from`, the `id`
     and `format` of its source."""
@@ -80,6 +84,20 @@ def complain(found: Findings | None, message: str) -> None:
     if found is None:
         raise DatasetError(message)
     found.append(message)
+
+
+def as_flags(values: Array, what: str, found: Findings | None = None) -> Array:
+    """`values` (bool, integers or floats) as bool; refuse, by the name of `what` they are, others than 0 and 1."""
+    flags: Array = values != 0
+    wrong = flags & (values != 1)
+    if wrong.any():
+        row = int(wrong.reshape(-1).argmax())
+        complain(
+            found,
+            f"{what} holds values other than 0 and 1 in {int(wrong.sum()):,} rows, "
+            f"first {values.reshape(-1)[row]} in row {row}: set each to one of them",
+        )
+    return flags
 
 
 def check_view(view: str) -> None:
@@ -172,7 +190,7 @@ def sums(reward: Array, ends: Array) -> Array:
 
 def step_limit(terminal: Array, episode_len: int) -> Array:
     """[N] bool: the `episode_len`-th step after the last end."""
-    _check_limit(episode_len)
+    check_limit(episode_len)
     n = len(terminal)
     starts = np.concatenate([[0], np.flatnonzero(terminal) + 1])
     step = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
@@ -186,7 +204,7 @@ def d4rl_step_limit(terminal: Array, episode_len: int) -> Array:
     Its step counter starts at 1, not 0, after a terminal (it is reset and then counts the terminal row itself), so
     such an episode is cut one step early; and at 0 after a cut.
     """
-    _check_limit(episode_len)
+    check_limit(episode_len)
     out = np.zeros(len(terminal), bool)
     begin, count = 0, 0
     for end in [*(np.flatnonzero(terminal) + 1), len(terminal)]:
@@ -198,19 +216,23 @@ def d4rl_step_limit(terminal: Array, episode_len: int) -> Array:
     return out
 
 
-def _check_limit(episode_len: int) -> None:
-    if episode_len < 1:
-        raise DatasetError(f"an episode has at least one step, got episode_len={episode_len}")
+def check_limit(episode_len: int) -> None:
+    """DatasetError unless it is a whole number of steps, at least one."""
+    if not isinstance(episode_len, int) or episode_len < 1:
+        raise DatasetError(
+            f"an episode has at least one step, and a whole number of them: got episode_len={episode_len!r}"
+        )
 
 
 def jumps(observations: Array, successors: Array) -> Array:
-    """[N] bool: the stored successor is not the next row's observation (the last row: False)."""
+    """[N] bool: the stored successor is not the next row's observation, rounding aside (the last row: False)."""
     n = len(observations)
     jump = np.zeros(n, bool)
     for lo in range(0, n - 1, BLOCK):
         hi = min(lo + BLOCK, n - 1)
-        gap = np.abs(successors[lo:hi] - observations[lo + 1 : hi + 1])
-        jump[lo:hi] = (gap > 1e-6).any(1)
+        following = observations[lo + 1 : hi + 1]
+        gap = np.abs(successors[lo:hi] - following)
+        jump[lo:hi] = (gap > ROUNDING * (1 + np.abs(following))).any(1)
     return jump
 
 

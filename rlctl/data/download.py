@@ -378,5 +378,5 @@ def _nearest(name: str, remote: str | None) -> str:
         ids = remote_ids(name.partition("/")[0] + "/" if "/" in name else "", remote)
     except NetworkError:
         return ""
-    close = difflib.get_close_matches(name, ids, n=3, cutoff=0.4) or ids[:3]
+    close = difflib.get_close_matches(name, ids, n=3, cutoff=0.4)
     return f" (nearest there: {', '.join(close)})" if close else ""

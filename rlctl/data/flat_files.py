@@ -58,9 +58,13 @@ def find_file(source: str) -> Path:
     if path.is_file():
         return path
     beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4) or beside[:3]
+    close = difflib.get_close_matches(path.name, beside, n=3)
     kind = "npz" if path.suffix == ".npz" else "HDF5"
-    hint = f"nearest there: {', '.join(close)}" if close else f"no {kind} file is in that folder"
+    hint = f"no {kind} file is in that folder"
+    if close:
+        hint = f"nearest there: {', '.join(close)}"
+    elif beside:
+        hint = f"nothing there has a name like it; the first of {len(beside)}: {', '.join(beside[:3])}"
     raise DatasetError(f"no file {path} ({hint})")
 
 
@@ -72,16 +76,18 @@ def read_flat(
     Read are `observations` [N, O], `actions` [N, A], `rewards` and `terminals` ([N] or [N, 1]) and, where present,
     `next_observations` [N, O] and `timeouts`, under these names or ours (`NAMES`).
 
-    An episode ends at a terminal, at a timeout and at the last row. In a file without `timeouts` it also ends where
-    `next_observations[i]` differs from `observations[i + 1]` by more than 1e-6, or, in a file without either,
-    `episode_len` steps after it began (DatasetError when that is not given). Where they differ in more than half of the
-    rows that do not terminate, `next_observations` tell no episodes (a copy of `observations`, garbage, rows in no
-    order) and `episode_len` is asked for as well. What is kept: `arrays.exact`.
+    An episode ends at a terminal, at a timeout and at the last row. It also ends where `next_observations[i]` is not
+    `observations[i + 1]` (`arrays.jumps`), or, in a file that has neither them nor `timeouts`, `episode_len` steps
+    after it began (DatasetError when that is not given). Where they differ in more than half of the rows without a
+    flag, `next_observations` tell no episodes (a copy of `observations`, garbage, rows in no order): `timeouts` alone
+    count, and in a file without them `episode_len` is asked for. What is kept: `arrays.exact`.
 
     `view="d4rl_compat"` gives D4RL's pairs instead (`arrays.d4rl_compat`); `next_observations` is ignored, and without
     `timeouts` D4RL's own count of `episode_len` steps stands in for them.
     """
     where = str(path)
+    if episode_len is not None:
+        arrays.check_limit(episode_len)
     with _columns(path) as columns:
         n = _check_columns(columns, where)
         table = allocate(n, columns["observations"].shape[1], columns["actions"].shape[1])
@@ -90,32 +96,36 @@ def read_flat(
         successors = "next_observations" in columns and view == "exact"
         if successors:
             columns["next_observations"].fill(table.next_obs)
-        reward, terminal = _vector(columns["rewards"], np.float64), _vector(columns["terminals"], bool)
-        timeout = _vector(columns["timeouts"], bool) if "timeouts" in columns else None
+        reward = _vector(columns["rewards"], np.float64)
+        terminal = _flags(columns["terminals"], f"{where}: terminals", found)
+        timeout = _flags(columns["timeouts"], f"{where}: timeouts", found) if "timeouts" in columns else None
 
-    unflagged = np.zeros(n, bool)
+    flagged, unflagged = timeout is not None, np.zeros(n, bool)
     if timeout is None:
         timeout = np.zeros(n, bool)
-        if successors:
-            unflagged = arrays.jumps(table.obs, table.next_obs) & ~terminal
-            inner = n - 1 - int(terminal[:-1].sum())
-            if int(unflagged.sum()) > 0.5 * inner:
-                if episode_len is None:
-                    follow = 1 - int(unflagged.sum()) / inner
-                    complain(
-                        found,
-                        f"{where} has no timeouts, and its next_observations are the observation of the row that "
-                        f"follows in only {follow:.0%} of the rows, so episodes cannot be told: add timeouts, or "
-                        f"{PASS_EPISODE_LEN}; 1 if its rows are in no order",
-                    )
-                else:
-                    unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
-        elif episode_len is None:
+    if successors:
+        unflagged = arrays.jumps(table.obs, table.next_obs) & ~terminal & ~timeout
+        inner = n - 1 - int((terminal | timeout)[:-1].sum())
+        if int(unflagged.sum()) > 0.5 * inner:
+            if flagged:
+                unflagged[:] = False
+            elif episode_len is None:
+                follow = 1 - int(unflagged.sum()) / inner
+                complain(
+                    found,
+                    f"{where} has no timeouts, and its next_observations are the observation of the row that "
+                    f"follows in only {follow:.0%} of the rows, so episodes cannot be told: add timeouts, or "
+                    f"{PASS_EPISODE_LEN}; 1 if its rows are in no order",
+                )
+            else:
+                unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
+    elif not flagged:
+        if episode_len is None:
             raise DatasetError(
                 f"{where} has {'no timeouts' if view != 'exact' else 'neither timeouts nor next_observations'}, so "
                 f"where an episode was cut cannot be told: {PASS_EPISODE_LEN}"
             )
-        elif view == "exact":
+        if view == "exact":
             unflagged = arrays.step_limit(terminal, episode_len) & ~terminal
         else:
             timeout = arrays.d4rl_step_limit(terminal, episode_len)
@@ -130,7 +140,8 @@ def read_flat(
     mark = _mark(path)
     meta = {} if mark is None else {"converted_from": mark}
     kind = "npz" if path.suffix == ".npz" else "d4rl-hdf5"
-    return table, Origin(path.stem, kind, episode_len=episode_len, meta=meta)
+    missed = int(unflagged.sum()) if flagged else 0
+    return table, Origin(path.stem, kind, episode_len=episode_len, unflagged_ends=missed, meta=meta)
 
 
 def _mark(path: Path) -> dict[str, str] | None:
@@ -183,10 +194,14 @@ def _check_columns(columns: Mapping[str, Column], where: str) -> int:
 
 
 def _vector(column: Column, dtype: Any) -> Array:
-    """[N] of a column of [N] or [N, 1]; of `dtype` bool, what is not 0."""
-    out = np.empty(column.shape, column.dtype if dtype is bool else dtype)
+    """[N] of a column of [N] or [N, 1]."""
+    out = np.empty(column.shape, dtype)
     column.fill(out)
-    return (out != 0).reshape(-1) if dtype is bool else out.reshape(-1)
+    return out.reshape(-1)
+
+
+def _flags(column: Column, what: str, found: Findings | None) -> Array:
+    return arrays.as_flags(_vector(column, column.dtype), what, found)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlctl.data import arrays
+from rlctl.data import arrays, d4rl
 from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View, allocate, check_finite, complain
 from rlctl.data.flat_files import check_lengths, open_hdf5
 from rlctl.data.reference import OWN_MARK
@@ -40,6 +40,7 @@ class Episode(NamedTuple):
     reward: Array
     terminated: Array
     truncated: Array
+    """As stored: bool, or numbers that should be 0 or 1."""
 
 
 # -------------------------------------------------------------------------------------------------------- where, what
@@ -57,16 +58,25 @@ def local_ids(root: Path) -> list[str]:
 
 
 def find_minari(source: str) -> Path:
-    """The `data` folder of a Minari id or of a path to a dataset; DatasetError naming the nearest local ids."""
+    """The `data` folder of a Minari id or of a path to a dataset; DatasetError naming the nearest ids, D4RL's too."""
     root = minari_root()
     for folder in (root / source, Path(source).expanduser()):
         for data in (folder / "data", folder):
             if (data / "metadata.json").is_file():
                 return data
     ids = local_ids(root)
-    close = difflib.get_close_matches(source, ids, n=3, cutoff=0.4) or ids[:3]
-    hint = f"nearest there: {', '.join(close)}" if close else "there is none; MINARI_DATASETS_PATH names another root"
-    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {source}` fetches a public one")
+    close = difflib.get_close_matches(source, ids, n=3)
+    hint = "there is none; MINARI_DATASETS_PATH names another root"
+    if close:
+        hint = f"nearest there: {', '.join(close)}"
+    elif ids:
+        hint = f"none of the {len(ids)} there has a name like it: rlctl data list"
+    theirs = [] if "/" in source else difflib.get_close_matches(source, list(d4rl.catalogue()), n=3)
+    if theirs:
+        hint = f"{hint}; " if close else ""
+        hint += f"D4RL has {', '.join(theirs)}"
+    public = theirs[0] if theirs else source
+    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {public}` fetches a public one")
 
 
 def read_metadata(data: Path) -> dict[str, Any]:
@@ -86,15 +96,21 @@ def describe(data: Path) -> Origin:
     spec: dict[str, Any] = {}
     with contextlib.suppress(KeyError, TypeError, ValueError):  # Minari stores none for a task that has none
         spec = dict(json.loads(meta["env_spec"]))
-    options = {k: v for k, v in (spec.get("kwargs") or {}).items() if k != "render_mode"}
+    kwargs, limit = spec.get("kwargs") or {}, spec.get("max_episode_steps") or 0
+    for key, value, allowed, good in (
+        ("kwargs", kwargs, "a JSON object", isinstance(kwargs, dict)),
+        ("max_episode_steps", limit, "a whole number", isinstance(limit, int | float) and limit % 1 == 0),
+    ):
+        if not good:
+            raise DatasetError(f"{data / 'metadata.json'}: {key} of its env_spec is {value!r}, not {allowed}: mend it")
+    options = {k: v for k, v in kwargs.items() if k != "render_mode"}
     own = meta[OWN_MARK] if isinstance(meta.get(OWN_MARK), dict) else {}  # knows tasks that Gymnasium has no spec of
-    limit = spec.get("max_episode_steps")
     return Origin(
         id=str(meta.get("dataset_id") or data.parent.name),
         format=f"minari-{meta.get('data_format', 'hdf5')}",
         env_id=own.get("env_id", spec.get("id")),
         env_options=own.get("env_options", options),
-        episode_len=int(limit) if limit else None,
+        episode_len=int(limit) if limit > 0 else None,  # -1 to Gymnasium: no limit
         meta=meta,
     )
 
@@ -109,14 +125,20 @@ def read_minari(
     - The last row of an episode that carries neither flag (an unfinished episode) is truncated. A flag in the middle of
       a stored episode ends an episode there.
     - Dict observations are concatenated in sorted key order, nested ones depth first (the order of Gymnasium's
-      FlattenObservation). `obs_keys` picks some of the keys, in its own order; in the view `d4rl_compat` it defaults to
-      what D4RL's vector of that family holds (`OBS_KEYS`).
+      FlattenObservation). `obs_keys` picks some of the keys (or the one key), in its own order; in the view
+      `d4rl_compat` it defaults to what D4RL's vector of that family holds (`OBS_KEYS`).
     - Actions of a bounded Box are mapped to [-1, 1]: the unit in which agents act and in which tasks take actions.
 
     `view="d4rl_compat"` gives the pairs that D4RL's loader would make of the same episodes. With `found`, damaged
     episodes are noted there and left out instead of refused.
     """
     origin = describe(data)
+    if isinstance(obs_keys, str):
+        obs_keys = (obs_keys,)
+    if obs_keys is not None:
+        named = isinstance(obs_keys, Sequence) and all(isinstance(k, str) for k in obs_keys)
+        if not named or not obs_keys:
+            raise DatasetError(f"obs_keys names keys of a Dict observation, one or a list, got {obs_keys!r}")
     if view != "exact" and obs_keys is None:
         words = re.findall(r"[a-z0-9]+", f"{origin.id} {origin.env_id}".lower())
         obs_keys = next((keys for family, keys in OBS_KEYS.items() if family in words), None)
@@ -156,6 +178,22 @@ def read_minari(
     return table, Origin(**(vars(origin) | {"action_box": box}))
 
 
+def count_episodes(data: Path) -> int:
+    """Episodes that a `data` folder stores, empty and damaged ones included."""
+    with _open(data, describe(data).format, None) as store:
+        return len(store.names())
+
+
+def space_width(text: Any) -> int | None:
+    """Numbers in a space of the metadata that `read_minari` took; None where there is none."""
+    if text is None:
+        return None
+    space = _load_space(text)
+    if space["type"] == "Dict":
+        return sum(space_width(x) or 0 for x in space["subspaces"].values())
+    return int(np.prod(space["shape"], dtype=np.int64))
+
+
 class _Filled(NamedTuple):
     table: Table
     """`obs`, `next_obs` and `action` as stored; the rest is still empty."""
@@ -184,6 +222,8 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
         check_lengths(shapes, t, where, bad)
         for leaf in e.obs:
             check_lengths({"observations": leaf.shape}, t + 1, where, bad)
+        terminated = arrays.as_flags(e.terminated, f"{where}: terminations", bad)
+        truncated = arrays.as_flags(e.truncated, f"{where}: truncations", bad)
         if bad:
             complain(noted if found is not None else None, bad[0])
             noted += bad[1:]
@@ -205,7 +245,7 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
         b = a + t
         table.obs[a:b], table.next_obs[a:b] = obs[:-1], obs[1:]
         table.action[a:b], reward[a:b] = action, e.reward
-        terminal[a:b], timeout[a:b], last[b - 1] = e.terminated, e.truncated, True
+        terminal[a:b], timeout[a:b], last[b - 1] = terminated, truncated, True
         a = b
     if found is not None:
         found += noted
@@ -215,8 +255,14 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
     return _Filled(table, reward[:a], terminal[:a], timeout[:a], last[:a])
 
 
+def _load_space(text: Any) -> Any:
+    return json.loads(text) if isinstance(text, str) else text
+
+
 def _is_dict(text: Any) -> bool:
-    return text is not None and (json.loads(text) if isinstance(text, str) else text)["type"] == "Dict"
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged one is `_check_space`'s to refuse
+        return bool(_load_space(text)["type"] == "Dict")
+    return False
 
 
 def _check_space(
@@ -225,22 +271,37 @@ def _check_space(
     """Refuse a space that does not flatten to one vector; low and high of a bounded Box other than [-1, 1]."""
     if text is None:  # files written before Minari stored the spaces
         return None
-    space = json.loads(text) if isinstance(text, str) else text
+    try:
+        return _walk_space(text, what, where, keys, allow_dict)
+    except DatasetError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DatasetError(
+            f"{where / 'metadata.json'}: the {what} space is damaged ({reason}): fetch the dataset again"
+        ) from None
+
+
+def _walk_space(
+    text: Any, what: str, where: Path, keys: Sequence[str] | None, allow_dict: bool
+) -> tuple[Array, Array] | None:
+    space = _load_space(text)
     kind = space["type"]
     if kind == "Dict" and allow_dict:
         subspaces = space["subspaces"]
         for key in subspaces if keys is None else keys:
             if key not in subspaces:
                 raise DatasetError(f"{where}: the {what} has no key '{key}'; it has {', '.join(sorted(subspaces))}")
-            _check_space(subspaces[key], f"{what} '{key}'", where, keys=None, allow_dict=True)
+            _walk_space(subspaces[key], f"{what} '{key}'", where, None, True)
         return None
     if keys is not None:
         raise DatasetError(f"{where}: the {what} space is {kind}, not Dict: leave obs_keys out")
     allowed = "vectors (Box, or Dict of Box)" if allow_dict else "vectors (Box)"
     if kind != "Box":
         raise DatasetError(f"{where}: the {what} space is {kind}; only {allowed} can be read")
-    if len(space["shape"]) > 1:
-        raise DatasetError(f"{where}: the {what} space is a Box of shape {tuple(space['shape'])}; only {allowed}")
+    shape = tuple(int(n) for n in space["shape"])
+    if len(shape) > 1:
+        raise DatasetError(f"{where}: the {what} space is a Box of shape {shape}; only {allowed}")
     low, high = (np.asarray(space[k], np.float32) for k in ("low", "high"))
     if allow_dict or not (np.isfinite(low) & np.isfinite(high) & (high > low)).all():
         return None
@@ -304,6 +365,9 @@ class _Hdf5Store(_Store):
 
     def names(self) -> list[str]:
         found = [n for n in self.file if n.startswith("episode_")]
+        for name in found:
+            if not re.fullmatch(r"episode_\d+", name):
+                raise DatasetError(f"{self.data}: '{name}' has no number, as in episode_0: rename it or take it out")
         return sorted(found, key=lambda n: int(n.removeprefix("episode_")))
 
     def length(self, name: str) -> int:
@@ -318,7 +382,7 @@ class _Hdf5Store(_Store):
         try:
             group = h5g.open(self.file.id, name.encode())
             nodes = [h5d.open(group, path.encode()) for path in paths]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             nodes = [self._get(self.file, f"{name}/{path}").id for path in paths]  # says which one is missing
         read = (self._read(node, f"/{name}/{path}") for node, path in zip(nodes, paths, strict=True))
         *obs, action, reward, terminated, truncated = read
@@ -346,7 +410,7 @@ class _Hdf5Store(_Store):
     def _get(self, node: Any, name: str) -> Any:
         try:
             return node[name]
-        except KeyError:
+        except (KeyError, ValueError):  # ValueError: an array where a group should be
             parent, _, child = f"{node.name}/{name}".replace("//", "/").rpartition("/")
             there = node.file.get(parent or "/")
             present = ", ".join(sorted(there)[:8]) if there is not None and not hasattr(there, "dtype") else "nothing"
@@ -384,7 +448,7 @@ class _ArrowStore(_Store):
             self._leaves(columns[k], f"{name}/{k}")[0][:-1]
             for k in ("actions", "rewards", "terminations", "truncations")
         )
-        return Episode(f"episode {name}", obs, action, reward, terminated.astype(bool), truncated.astype(bool))
+        return Episode(f"episode {name}", obs, action, reward, terminated, truncated)
 
     def _parts(self, name: str) -> list[Path]:
         self.current = f"episode {name}"

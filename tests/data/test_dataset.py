@@ -144,9 +144,12 @@ def test_the_config_shipped_for_the_task_a_dataset_names(write_minari: Write, wr
 
 def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
     fails("hopper/medium-v0", "there is none; MINARI_DATASETS_PATH")
+    fails("hopper-meduim-v2", r"\(D4RL has hopper-medium-v2, .*`rlctl data download hopper-medium-v2`")
     write_minari("hopper/medium-v0", [episode(0, 2)])
     write_minari("door/human-v2", [episode(0, 2)])
     fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*rlctl data download")
+    fails("zzz/qqq-v0", r"none of the 2 there has a name like it: rlctl data list\); `rlctl data download zzz/qqq-v0`")
+    fails("hopper-meduim-v2", r"nearest there: hopper/medium-v0; D4RL has hopper-medium-v2, ")
     (root / "hopper/medium-v0/data/main_data.hdf5").unlink()
     fails("hopper/medium-v0", "main_data.hdf5: the dataset is incomplete")
 
@@ -167,6 +170,8 @@ def test_minari_damage(write_minari: Write) -> None:
     fails("toy/set-v0", "episode_1: observations has shape .*, expected 5 rows")
     edit(lambda g: g.__delitem__("truncations"))
     fails("toy/set-v0", "no 'truncations' in /episode_1")
+    edit(lambda g: (g.pop("truncations"), g.create_dataset("truncations", data=[0, 0, 0, 0.5])))
+    fails("toy/set-v0", "episode_1: truncations holds values other than 0 and 1 in 1 rows, first 0.5 in row 3")
     edit(lambda g: g["observations"].__setitem__((2, 1), np.nan))
     fails("toy/set-v0", r"obs of transition 6 \(episode 1\) is NaN")
     main.write_bytes(whole[: len(whole) // 2])
@@ -179,6 +184,50 @@ def test_minari_damage(write_minari: Write) -> None:
     ]:
         meta.write_text(text)
         fails("toy/set-v0", message)
+    meta.write_text(info)
+    edit(lambda g: g.file.move("episode_1", "episode_x"))
+    fails("toy/set-v0", "'episode_x' has no number, as in episode_0")
+    edit(lambda g: g.file.__delitem__("episode_1"))
+    with h5py.File(main, "a") as file:
+        file["episode_1"] = np.zeros(4)
+    fails("toy/set-v0", "no 'rewards' in /episode_1|no 'observations' in /episode_1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("action_space", '{"type":', r"the action space is damaged \(Expecting value"),
+        ("action_space", '{"shape": [2]}', r"the action space is damaged \(it has no 'type'\)"),
+        ("action_space", '{"type": "Box", "shape": [2], "high": [1, 1]}', r"the action space is .*no 'low'\)"),
+        ("action_space", '{"type": "Box", "shape": ["a"], "low": 0, "high": 1}', "the action space is damaged"),
+        ("observation_space", "[1]", "the observation space is damaged"),
+        ("observation_space", '{"type": "Dict", "subspaces": {"a": {"type": "Box"}}}', "observation.*no 'shape'"),
+        ("observation_space", 3, "the observation space is damaged"),
+        (
+            "env_spec",
+            '{"max_episode_steps": "many"}',
+            "max_episode_steps of its env_spec is 'many', not a whole number",
+        ),
+        ("env_spec", '{"max_episode_steps": 2.5}', "max_episode_steps of its env_spec is 2.5"),
+        ("env_spec", '{"kwargs": [1]}', r"kwargs of its env_spec is \[1\], not a JSON object"),
+    ],
+)
+def test_minari_damaged_metadata(write_minari: Write, key: str, value: Any, message: str) -> None:
+    meta = write_minari("toy/set-v0", [episode(0, 4)]) / "data/metadata.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {key: value}))
+    fails("toy/set-v0", rf"metadata.json: .*{message}")
+    if key != "env_spec":
+        with pytest.raises(DatasetError, match=message):
+            load_dataset("toy/set-v0", view="d4rl_compat")
+
+
+def test_minari_limit_that_is_none(write_minari: Write) -> None:
+    meta = write_minari("toy/set-v0", [episode(0, 4)]) / "data/metadata.json"
+    for said, limit in ((-1, None), (None, None), (7.0, 7)):
+        meta.write_text(
+            json.dumps(json.loads(meta.read_text()) | {"env_spec": json.dumps({"max_episode_steps": said})})
+        )
+        assert load_dataset("toy/set-v0").origin.episode_len == limit
 
 
 def test_minari_without_spaces_or_env_in_its_metadata(write_minari: Write) -> None:
@@ -259,6 +308,25 @@ def test_d4rl_without_timeouts_finds_the_jumps(write_d4rl: Write) -> None:
     assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
 
 
+def test_d4rl_timeouts_that_miss_ends(write_d4rl: Write) -> None:
+    """The exact view ends episodes at the jumps too; D4RL's pairs go by the flags."""
+    path = write_d4rl("x.hdf5", THREE, timeouts=np.zeros(12, bool))
+    data = load_dataset(str(path))
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    assert data.rows.truncated.nonzero().flatten().tolist() == [6, 11]
+    assert data.origin.unflagged_ends == 1
+    assert load_dataset(str(path), view="d4rl_compat").episode_ends.tolist() == [4, 11]
+
+
+@pytest.mark.parametrize("drop", [(), ("timeouts",)])
+def test_d4rl_successors_that_differ_by_rounding_are_no_jumps(write_d4rl: Write, drop: tuple[str, ...]) -> None:
+    following = np.concatenate([e["observations"][1:] for e in THREE])
+    following[[1, 5]] *= 1 + 4e-7
+    data = load_dataset(str(write_d4rl("x.hdf5", THREE, next_observations=following, drop=drop)))
+    assert data.episode_ends.tolist() == [4, 7, 12]
+    assert data.origin.unflagged_ends == 0
+
+
 def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
     episodes = [episode(0, 2, "terminated"), episode(1, 3), episode(2, 3), episode(3, 1, "open")]
     path = write_d4rl("x.hdf5", episodes, drop=("timeouts", "next_observations"))
@@ -267,8 +335,10 @@ def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
     assert data.episode_ends.tolist() == [2, 4, 6]
     live = ~data.rows.terminated
     torch.testing.assert_close(data.rows.next_obs[live], data.rows.obs[live] + 1)
-    with pytest.raises(DatasetError, match="at least one step"):
-        load_dataset(str(path), episode_len=0)
+    for wrong in (0, "abc", 2.5):
+        for source in (path, write_d4rl("flagged.hdf5", episodes)):  # also where it is not needed
+            with pytest.raises(DatasetError, match=rf"at least one step.*got episode_len={wrong!r}"):
+                load_dataset(str(source), episode_len=wrong)  # type: ignore[arg-type]
 
 
 def test_actions_of_no_number_are_refused(tmp_path: Path) -> None:
@@ -295,6 +365,12 @@ def test_d4rl_columns_of_width_one(write_d4rl: Write) -> None:
         ({"rewards": np.full(12, np.inf)}, r"reward of transition 0 \(episode 0\) is NaN or infinite"),
         ({"next_observations": np.full((12, 3), np.nan)}, "next_obs of transition 0"),
         ({"actions": np.full((12, 2), b"x")}, "actions holds .*, not numbers"),
+        (
+            {"terminals": np.eye(12)[3] * np.nan},
+            "terminals holds values other than 0 and 1 in 12 rows, first nan in row 0",
+        ),
+        ({"timeouts": np.eye(12)[3] / 2}, "timeouts holds values other than 0 and 1 in 1 rows, first 0.5 in row 3"),
+        ({"timeouts": np.eye(12, dtype=int)[3] * -1}, "first -1 in row 3"),
     ],
 )
 def test_d4rl_damage(write_d4rl: Write, change: dict[str, Any], message: str) -> None:
@@ -305,6 +381,7 @@ def test_d4rl_missing_empty_and_cut_files(write_d4rl: Write, tmp_path: Path) -> 
     fails(tmp_path / "hopper.hdf5", "no HDF5 file is in that folder")
     path = write_d4rl("hopper_medium-v2.hdf5", THREE)
     fails(tmp_path / "hoper_medium-v2.hdf5", r"nearest there: hopper_medium-v2.hdf5")
+    fails(tmp_path / "q.npz", r"nothing there has a name like it; the first of 1: hopper_medium-v2.hdf5")
     path.write_bytes(path.read_bytes()[:-100])
     fails(path, "not a whole HDF5 file .*truncated")
     path.write_text("hello")

@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from dataset_files import Write, episode
+from dataset_files import Episode, Write, episode
 
 from rlctl.data import inspect
 from rlctl.data.arrays import DatasetError
@@ -70,6 +70,38 @@ def test_next_obs_of_a_file_that_does_not_tell_its_episodes(write_d4rl: Write) -
     one(write_d4rl("y.hdf5", short, next_observations=where), "is a copy of obs in 100%")
 
 
+def test_timeouts_that_miss_ends(write_d4rl: Write) -> None:
+    episodes = [episode(k % 9, 40) for k in range(20)]
+    timeouts = np.concatenate([e["truncations"] for e in episodes])
+    one(
+        write_d4rl("x.hdf5", episodes, timeouts=np.zeros(800, bool)),
+        "timeouts: not set in 19 rows whose next_obs is not the observation of the row that follows",
+        "20 in all",
+    )
+    timeouts[79] = False
+    [seam] = inspect.verify(str(write_d4rl("y.hdf5", episodes, timeouts=timeouts)))
+    assert (seam.level, seam.about, seam.message[:17]) == ("note", "timeouts", "not set in 1 rows")
+
+
+def test_next_obs_of_a_reset(write_d4rl: Write) -> None:
+    """An environment that resets by itself gives the next episode's first observation in the place of the last one."""
+    episodes = [episode(k, 20) for k in range(6)]
+    obs = np.concatenate([e["observations"][:-1] for e in episodes])
+    following = np.concatenate([obs[1:], episodes[-1]["observations"][-1:]])
+    one(
+        write_d4rl("x.hdf5", episodes, next_observations=following),
+        "next_obs: is the first observation of the next episode in 5 of 5 truncated rows",
+    )
+    # the successor of a terminal row is masked
+    ended = [episode(k, 20 + k, "terminated") for k in range(6)]
+    obs = np.concatenate([e["observations"][:-1] for e in ended])
+    assert errors(write_d4rl("y.hdf5", ended, next_observations=np.concatenate([obs[1:], obs[-1:]]))) == []
+    # no reset, only a new goal: the next episode begins where this one ended
+    walk = np.random.default_rng(0).normal(size=(121, 3)).cumsum(0)
+    walk[:, 2] = np.arange(121) // 20
+    assert errors(write_d4rl("z.hdf5", episodes, observations=walk[:-1], next_observations=walk[1:])) == []
+
+
 def test_files_without_timeouts_that_do_tell(write_d4rl: Write) -> None:
     drop = ("timeouts",)
     assert inspect.verify(str(write_d4rl("x.hdf5", EPISODES, actions=ACTIONS, drop=drop))) == []
@@ -104,6 +136,37 @@ def test_terminals_at_the_time_limit(write_d4rl: Write, write_minari: Write) -> 
     assert errors(write_d4rl("bandit.hdf5", [episode(k, 1, "terminated") for k in range(4)])) == []
 
 
+def test_terminals_at_the_time_limit_that_carry_both_flags(write_d4rl: Write, write_minari: Write) -> None:
+    def both(number: int, steps: int) -> Episode:
+        e = episode(number, steps)
+        return e | {"terminations": e["truncations"]}
+
+    ended = episode(9, 2, "terminated")
+    path = write_d4rl("x.hdf5", [*(both(k, 6) for k in range(3)), ended])
+    one(path, "terminated: set beside truncated on the last row of 3 episodes of exactly 6 steps, the greatest length")
+    one(path, "3 episodes of exactly 6 steps, the time limit", episode_len=6)
+    write_minari("toy/set-v0", [both(0, 1000), both(1, 1000)], env="Hopper-v5")
+    one("toy/set-v0", "beside truncated on the last row of 2 episodes of exactly 1000 steps, the time limit")
+    # an end that fell on the limit is a note, among others that were cut or by itself
+    for drop in ((), ("next_observations",)):
+        mixed = write_d4rl("y.hdf5", [both(0, 6), both(1, 6), *(episode(k, 6) for k in range(2, 5)), ended], drop=drop)
+        alone = write_d4rl("z.hdf5", [both(0, 6), ended], drop=drop)
+        assert errors(mixed, episode_len=6) == errors(mixed) == errors(alone, episode_len=6) == errors(alone) == []
+
+
+def test_a_tie_at_the_greatest_length_is_not_a_time_limit(write_d4rl: Write) -> None:
+    """A random policy's episodes end anywhere: two or three of the longest may be equal by chance."""
+
+    def found(lengths: list[int]) -> list[str]:
+        return errors(write_d4rl("x.hdf5", [episode(k % 9, n, "terminated") for k, n in enumerate(lengths)]))
+
+    assert found([5, 9, 14, 11, 28, 19, 23, 28]) == []
+    assert found([28, 28, 28, 27, 25, 22, 19]) == []  # close to others
+    assert found([40] * 3 + [2, 3] * 149) == []  # 1 % of the episodes at least
+    assert len(found([40] * 4 + [2, 3] * 149)) == 1
+    assert found(np.random.default_rng(1).integers(3, 30, 200).tolist()) == []
+
+
 def test_episodes_longer_than_the_limit(write_d4rl: Write) -> None:
     one(write_d4rl("x.hdf5", EPISODES[1:]), "length: 2 episodes are longer than the limit of 4", episode_len=4)
 
@@ -127,12 +190,49 @@ def test_every_damaged_episode_is_named(write_minari: Write) -> None:
     assert "metadata: total_steps is 18, the data holds 9" in found[2]
 
 
+def test_metadata_that_is_damaged_or_untrue(write_minari: Write) -> None:
+    meta = write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES])
+    meta = meta / "data/metadata.json"
+    info = json.loads(meta.read_text())
+
+    def box(n: int) -> dict[str, Any]:
+        return {"type": "Box", "shape": [n], "low": [-1] * n, "high": [1] * n}
+
+    parts = {"type": "Dict", "subspaces": {"a": box(3), "b": {"type": "Box", "shape": [], "low": 0, "high": 1}}}
+    for change, *words in (
+        ({"action_space": '{"type":'}, "file: ", "the action space is damaged"),
+        ({"env_spec": '{"max_episode_steps": "many"}'}, "file: ", "max_episode_steps of its env_spec is 'many'"),
+        ({"total_steps": "nine"}, "metadata: total_steps is 'nine', the data holds 18"),
+        ({"total_episodes": 77}, "metadata: total_episodes is 77, the data holds 4"),
+        (
+            {"observation_space": box(5)},
+            "metadata: the observation space is one of 5 numbers, each stored observation has 3",
+        ),
+        (
+            {"observation_space": parts},
+            "metadata: the observation space is one of 4 numbers, each stored observation has 3",
+        ),
+        ({"action_space": box(4)}, "metadata: the action space is one of 4 numbers, each stored action has 2"),
+    ):
+        meta.write_text(json.dumps(info | change))
+        one("toy/set-v0", *words)
+
+
 def test_nan_and_infinities_are_counted(write_d4rl: Write) -> None:
     rewards, actions = np.ones(N, np.float32), ACTIONS.copy()
     rewards[[2, 5, 7]], actions[3, 1] = np.inf, np.nan
     found = errors(write_d4rl("x.hdf5", EPISODES, rewards=rewards, actions=actions))
     assert [f for f in found if "reward of transition 2 (episode 0) is NaN or infinite, as are those of 2 more" in f]
     assert [f for f in found if "action of transition 3 (episode 0) is NaN or infinite" in f]
+
+
+def test_flags_that_are_neither(write_d4rl: Write) -> None:
+    terminals = np.concatenate([e["terminations"] for e in EPISODES]).astype(np.float32)
+    terminals[[5, 6]] = np.nan, 0.5
+    one(
+        write_d4rl("x.hdf5", EPISODES, terminals=terminals),
+        "terminals holds values other than 0 and 1 in 2 rows, first",
+    )
 
 
 def test_actions_out_of_range(write_d4rl: Write) -> None:
@@ -161,6 +261,16 @@ def test_missing_arrays_and_cut_files(write_d4rl: Write) -> None:
     path = write_d4rl("x.hdf5", EPISODES)
     path.write_bytes(path.read_bytes()[:-50])
     one(path, "file: ", "not a whole HDF5 file")
+
+
+def test_a_d4rl_id_whose_file_is_damaged(write_d4rl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    write_d4rl("hopper-medium-v2.hdf5", EPISODES, actions=np.zeros((17, 2)))
+    one("hopper-medium-v2", "file: ", "actions has shape (17, 2), expected 18 rows")
+    (tmp_path / "hopper-medium-v2.hdf5").write_text("<html>")
+    one("hopper-medium-v2", "file: ", "hopper-medium-v2.hdf5 is not a whole HDF5 file")
+    with pytest.raises(DatasetError, match="no file of 'hopper-expert-v2'"):
+        inspect.verify("hopper-expert-v2")
 
 
 def test_notes_are_not_errors(write_d4rl: Write) -> None:

@@ -288,8 +288,18 @@ def test_wrong_obs_keys(write_minari: Write, write_d4rl: Write) -> None:
     goal_set(write_minari, "toy/goal-v0", "X-v0")
     write_minari("toy/plain-v0", EPISODES)
     fails("toy/goal-v0", "no key 'goal'; it has achieved_goal, desired_goal, observation", obs_keys=["goal"])
+    fails("toy/goal-v0", "no key 'goal'", obs_keys="goal")
+    for wrong in (3, [], [3], {}):
+        fails("toy/goal-v0", "obs_keys names keys of a Dict observation, one or a list, got", obs_keys=wrong)
     fails("toy/plain-v0", "is Box, not Dict: leave obs_keys out", obs_keys=["observation"])
     fails(write_d4rl("x.hdf5", EPISODES), "leave obs_keys out", obs_keys=["observation"])
+
+
+def test_one_obs_key_is_a_list_of_one(write_minari: Write) -> None:
+    goal_set(write_minari, "toy/goal-v0", "X-v0")
+    one, listed = (load_dataset("toy/goal-v0", obs_keys=k) for k in ("observation", ["observation"]))
+    assert one.rows.obs[0].tolist() == [1, 1, 1]
+    assert one.sha256 == listed.sha256
 
 
 def test_metadata_that_lies_about_the_size(write_minari: Write) -> None:
