@@ -215,6 +215,16 @@ def test_mask_zero_is_td3_with_a_normalised_value(double: None) -> None:
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
 
 
+def test_the_actor_climbs_the_first_critic(double: None) -> None:
+    """Q_1 = [0.4, -0.4, 0.8] of mean 0.8 / 3 and mean magnitude 1.6 / 3, though the second is mostly the smaller."""
+    agent, b = a2pr(alpha=2.0, mask=0.0), three_rows()
+    action = torch.tensor([[0.8, -0.4], [0.2, -0.6], [0.4, 0.4]]).requires_grad_()
+    agent.pi, agent.q = Table(action), QByAction(1.0, -9.0)  # type: ignore[assignment]
+    loss = agent.actor_loss(b, torch.zeros(3))
+    assert float(loss.detach()) == pytest.approx(-2 * 0.8 / 1.6)
+    torch.testing.assert_close(torch.autograd.grad(loss, action)[0], torch.full((3, 2), -2 / 1.6))
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_gradient_through_the_suggestion(double: None, detach: bool) -> None:
     """A VAE that reconstructs exactly: undetached, the two gradients cancel; detached, the error itself is 0 as well.

@@ -115,6 +115,13 @@ def test_actions_are_clipped_to_the_box() -> None:
         assert float(agent.act(obs, explore)[0].detach().abs().max()) == 1.0
 
 
+def test_the_spread_stays_in_bounds() -> None:
+    agent = awac()
+    for raw, bounded in ((-30.0, -20.0), (-19.0, -19.0), (9.0, 2.0)):
+        agent.pi.log_std.data.fill_(raw)
+        assert agent.pi(torch.zeros(1, 3)).log_std.tolist() == [bounded] * 2
+
+
 def test_observations_are_z_scored() -> None:
     agent, plain = awac(), awac(normalize_obs=False)
     obs = torch.randn(4, 3)

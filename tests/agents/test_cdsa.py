@@ -176,6 +176,17 @@ def test_noise_levels_of_the_steps() -> None:
         cdsa(sigma=2.0)
 
 
+@pytest.mark.parametrize(("anneal", "left"), [(False, 0.84**3), (True, 0.84 * 0.96 * 0.99)])
+def test_each_step_goes_by_its_own_noise_level(double: None, anneal: bool, left: float) -> None:
+    """S = -x and all of the way: a step at level sigma leaves 1 - sigma^2 of the action; levels 0.4, 0.2, 0.1."""
+    agent = cdsa(action_step=1.0, score_steps=3, sigma=0.4, sigma_min=0.1, anneal=anneal)
+    agent.pair_score = Linear(1.0)  # type: ignore[assignment]
+    agent.pair_norm.mean.zero_()
+    agent.pair_norm.std.fill_(1 - 1e-3)
+    action = torch.tensor([[0.5, -0.8]])
+    torch.testing.assert_close(agent.corrected(torch.zeros(1, OBS_DIM), action), left * action)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("zero", [{"score_steps": 0}, {"action_step": 0.0, "state_step": 0.0}])
 def test_without_steps_it_is_its_base_agent_bit_for_bit(base: str, zero: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from agent_helpers import Table, batch_for, differing, snapshot, tiny, transitions
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlctl.agents.cql import CQL
 from rlctl.agents.sac import SAC
@@ -155,7 +155,9 @@ def test_the_policy_starts_as_a_clone(double: None) -> None:
     logp = torch.tensor([-1.0, 3.0]).repeat(16)
     known = 0.5 * 1.0 - float(agent.pi(batch.obs).log_prob(batch.action).mean().detach())
     assert float(agent.cloning_loss(batch, logp).detach()) == pytest.approx(known, rel=1e-9)
-    assert bool(agent.cloning_loss(batch._replace(action=torch.ones(32, 2)), logp).detach().isfinite())
+    edge = torch.full((32, 2), 1 - 1e-5)  # as which an action at the edge of the box counts
+    known = 0.5 * 1.0 - float(agent.pi(batch.obs).log_prob(edge).mean().detach())
+    assert float(agent.cloning_loss(batch._replace(action=torch.ones(32, 2)), logp).detach()) == pytest.approx(known)
     called: list[str] = []
     cloning, acting = agent.cloning_loss, agent.actor_loss
     agent.cloning_loss = lambda *a: (called.append("clone"), cloning(*a))[1]  # type: ignore[method-assign]
@@ -212,6 +214,19 @@ def test_the_penalty_lowers_other_actions_and_not_the_data_s() -> None:
         q = agent.q(batch.obs, torch.tensor([[0.8, 0.8], [-0.8, -0.8]]).expand(32, 2, 2)).detach().mean((0, 1))
         differences.append(float(q[0] - q[1]))
     assert differences[1] > differences[0] + 1.0
+
+
+def test_critics_have_layers_of_their_own() -> None:
+    """`critic_hidden` and `layer_norm` are theirs; without them they are built like the policy."""
+    for settings, widths, block in (
+        ({"critic_hidden": (6, 4), "layer_norm": True}, [6, 4, 1], ["Linear", "LayerNorm", "ReLU"]),
+        ({"critic_hidden": None}, [8, 8, 1], ["Linear", "ReLU"]),
+    ):
+        agent = cql(hidden=(8, 8), **settings)
+        for member in agent.q.members:
+            assert [m.out_features for m in member.children() if isinstance(m, nn.Linear)] == widths
+            assert [type(m).__name__ for m in member.children()] == block * 2 + ["Linear"]
+        assert [type(m).__name__ for m in agent.pi.net.children()] == ["Linear", "ReLU"] * 2 + ["Linear"]
 
 
 def test_settings() -> None:

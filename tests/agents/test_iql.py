@@ -169,6 +169,8 @@ def test_the_policy_stays_in_the_box_and_its_spread_in_bounds() -> None:
     assert float(agent.act(obs, explore=True)[0].detach().abs().max()) == 1.0
     assert float(agent.act(obs, explore=False)[0].detach().abs().max()) <= 1.0
     assert float(agent.pi(obs).log_std.detach().max()) == 2.0
+    agent.pi.log_std.data.fill_(-9.0)  # type: ignore[union-attr]
+    assert float(agent.pi(obs).log_std.detach().min()) == -5.0
 
 
 def test_last_layers_are_orthogonal_with_gain_sqrt_2() -> None:

@@ -152,13 +152,17 @@ def test_terminal_bandit_stands_still_at_its_solution(
 
 
 def test_twins_back_up_the_smaller_and_learn_both(double: None) -> None:
-    agent = odice(num_v=2, gamma=0.9)
+    agent = odice(num_v=2, gamma=0.9, lam=0.6, eta=1.0)
     b = batch_for(agent).map(lambda x: x.double() if x.is_floating_point() else x)
     losses = agent.value_losses(b)
     low = agent.v_lagged(b.next_obs).amin(0)
     expected = b.reward + 0.9 * low * ~b.terminated - agent.v(b.obs)
     torch.testing.assert_close(losses.residual, expected.detach())
     assert losses.residual.shape == (2, 32)
+    assert losses.backward is not None
+    y_b = b.reward + 0.9 * agent.v(b.next_obs) * ~b.terminated - agent.v_lagged(b.obs).amin(0)
+    conjugate = torch.where(y_b > -2, y_b + y_b.square() / 4, -1.0)
+    assert float(losses.backward.detach()) == pytest.approx(0.6 * float(conjugate.mean().detach()))
     assert odice(num_v=1).value_losses(batch_for(agent)).residual.shape == (1, 32)
 
 
@@ -205,7 +209,7 @@ def test_weight_decay_is_the_policys_alone() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- update
 def test_the_policy_sees_the_residuals_of_before_the_step() -> None:
-    agent, by_hand = odice(), odice()
+    agent, by_hand = odice(tau=0.5), odice()  # a large tau tells the new values from the old in the lagged ones
     b = batch_for(agent)
     metrics = agent.update(b)
     losses = by_hand.value_losses(b)
@@ -217,7 +221,7 @@ def test_the_policy_sees_the_residuals_of_before_the_step() -> None:
     assert not torch.equal(by_hand.value_losses(b).residual, losses.residual)
     slow = agent.v_lagged.state_dict()
     for k, old in by_hand.v_lagged.state_dict().items():
-        torch.testing.assert_close(slow[k], old + 0.005 * (agent.v.state_dict()[k] - old))
+        torch.testing.assert_close(slow[k], old + 0.5 * (agent.v.state_dict()[k] - old))
 
 
 def test_gradients_stay_with_their_networks() -> None:

@@ -68,6 +68,16 @@ def test_backup_by_hand(double: None) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, values)[0], 2 * error / 4)
 
 
+def test_the_penalty_is_on_the_smoothed_action(double: None) -> None:
+    """Noise 0.2 * 1 and 0.2 * (-5), the latter bounded by 0.5: a~ = (0.3, -0.3), 0.02 from a' = (0.4, -0.2)."""
+    agent = rebrac(gamma=0.9, critic_bc=0.5, policy_noise=0.2, noise_clip=0.5)
+    agent.q_lagged = Table(torch.tensor([[2.0], [3.0]]))  # type: ignore[assignment]
+    agent.pi_lagged = Table(torch.tensor([[0.1, 0.2]]))  # type: ignore[assignment]
+    extra = {"next_action": torch.tensor([[0.4, -0.2]]), "has_next_action": torch.tensor([True])}
+    batch = rows(1)._replace(reward=torch.ones(1), terminated=torch.tensor([False]), extra=extra)
+    assert agent.backup(batch, torch.tensor([[1.0, -5.0]])).tolist() == pytest.approx([1 + 0.9 * (2 - 0.5 * 0.02)])
+
+
 def test_without_penalties_it_is_td3_with_layer_norm(double: None) -> None:
     """The critics' loss is TD3's on these very networks; the actor's is that of lambda min_j Q_j."""
     agent, batch = rebrac(actor_bc=0.0, critic_bc=0.0), batch_for(rebrac())

@@ -147,6 +147,20 @@ def test_groups_find_the_states_that_a_tree_finds(size: int) -> None:
     assert (_Groups(states).lists(states[:50], 5)[2] > 0).any()
 
 
+def test_what_float32_confuses_changes_no_answer() -> None:
+    """Clouds a thousandth wide along 600: |x|^2 is up to 9e4, known to float32 to 0.008. Each cloud has a row in each
+    of ten groups, of which a list of one looks into nine: at times not into that of the nearest state."""
+    own = torch.arange(320)
+    states = 1e-3 * torch.randn(320, 13, generator=torch.Generator().manual_seed(0)).double()
+    states[:, 0] += 20 * (own % _Groups.GROUP)
+    near, _, reach = _Groups(states).lists(states, 1)
+    assert not torch.equal(near[:, 0], own)
+    others = (states[:, None] - states).square().sum(-1).scatter(1, near, torch.inf).amin(-1)
+    assert (reach <= others).all()
+    rows = torch.cat([states, torch.zeros(320, 1)], -1)
+    assert torch.equal(Shortlist(rows, 13, 1, _Groups(states)).nearest(rows, 1, own), own)
+
+
 def test_short_lists_with_equal_states() -> None:
     """Copies of one state fill a list of radius 0: only an action at distance 0 is settled by it."""
     g = torch.Generator().manual_seed(0)
