@@ -160,7 +160,8 @@ def d4rl_compat(table: Table, reward: Array, terminal: Array, timeout: Array) ->
 def _cut(table: Table, reward: Array, terminal: Array, timeout: Array, keep: Array, stop: Array) -> Table:
     """Keep the rows of `keep`, and say where episodes (which end at `stop`) now end and what they returned."""
     stops = np.flatnonzero(stop) + 1
-    rows = np.add.reduceat(keep, np.append(0, stops[:-1]), dtype=np.int64)  # kept, per episode
+    dropped = np.searchsorted(np.flatnonzero(~keep), stops)  # up to the end of each episode
+    rows = np.diff(stops - dropped, prepend=0)  # kept, per episode
     held = rows > 0  # an episode of one row without a successor leaves nothing
     ends, returns = np.cumsum(rows)[held], sums(reward, stops)[held]
     if len(ends) == 0:

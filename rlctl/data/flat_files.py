@@ -240,7 +240,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DatasetError(f"no file {path}: the dataset is incomplete, fetch it again")
     try:
-        with h5py.File(path, "r") as file:
+        # every chunk is read once, so none is worth keeping (HDF5 2 would keep 8 MiB of each array)
+        with h5py.File(path, "r", rdcc_nbytes=0) as file:
             # By default HDF5 keeps the layout of thousands of episodes it will not be asked for again.
             cache = file.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, MEBI
@@ -262,7 +263,11 @@ class _Hdf5Column:
         if self.dtype.kind == "b" and out.dtype != bool:  # an enum to HDF5, which it will not turn into a number
             out[...] = self.node[()]
         else:
-            self.node.read_direct(out)  # every chunk is unpacked once, and converted on the way
+            rows = self.node.chunks[0] if self.node.chunks else arrays.BLOCK
+            rows *= max(1, arrays.BLOCK // rows)  # every chunk is unpacked once, and converted on the way
+            for lo in range(0, self.shape[0], rows):  # in one go HDF5 would hold the layout of all chunks
+                part = slice(lo, lo + rows)
+                self.node.read_direct(out, part, part)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataset_files import Write, episode, hide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlctl.data import Mix, Ring
+from rlctl.data import Mix, Ring, arrays
 from rlctl.data.dataset import Dataset, DatasetError, load_dataset, named_task
 from rlctl.experiment import resolve
 from rlctl.types import Batch
@@ -339,6 +339,20 @@ def test_d4rl_without_either_needs_the_step_limit(write_d4rl: Write) -> None:
         for source in (path, write_d4rl("flagged.hdf5", episodes)):  # also where it is not needed
             with pytest.raises(DatasetError, match=rf"at least one step.*got episode_len={wrong!r}"):
                 load_dataset(str(source), episode_len=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunks", [(7, 2), (100, 3), None])
+def test_d4rl_arrays_are_read_in_whole_chunks(
+    chunks: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "BLOCK", 16)
+    obs = np.random.default_rng(0).normal(size=(101, 3)).astype(np.float32)
+    flat = {"actions": obs[:, :1] / 9, "rewards": obs[:, 0], "terminals": np.arange(101) % 10 == 9}
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file.create_dataset("observations", data=obs, chunks=chunks, compression="gzip" if chunks else None)
+        for name, x in (flat | {"timeouts": np.zeros(101, bool)}).items():
+            file.create_dataset(name, data=x)
+    torch.testing.assert_close(load_dataset(str(tmp_path / "x.hdf5")).rows.obs, torch.from_numpy(obs[:-1]))
 
 
 def test_actions_of_no_number_are_refused(tmp_path: Path) -> None:
