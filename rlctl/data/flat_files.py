@@ -240,8 +240,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DatasetError(f"no file {path}: the dataset is incomplete, fetch it again")
     try:
-        # every chunk is read once, so none is worth keeping (HDF5 2 would keep 8 MiB of each array)
-        with h5py.File(path, "r", rdcc_nbytes=0) as file:
+        # every chunk is read once, so few are worth keeping: HDF5 2 would keep 8 MiB of each array
+        with h5py.File(path, "r", rdcc_nbytes=MEBI) as file:
             # By default HDF5 keeps the layout of thousands of episodes it will not be asked for again.
             cache = file.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, MEBI
