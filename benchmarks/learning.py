@@ -6,8 +6,10 @@
     python benchmarks/learning.py picture FILE ... --out curves-of-some.png
 
 One file per (algorithm, task, config): every seed with its curve (evaluation step, mean of the episodes), its final
-evaluation, the commit and the wall-clock; hardware, versions and physics once. Published figures live in `PUBLISHED`,
-with their source; they are other task versions and budgets where it says so, and never averaged with ours.
+evaluation, the commit and the wall-clock; hardware, versions and physics once. Curves of agents that go online begin
+below zero: at -10,000 there are 10,000 updates to come before the first step in the environment.
+Published figures live in `PUBLISHED`, with their source; they are other task versions and budgets where it says so, and
+never averaged with ours.
 """
 
 from __future__ import annotations
@@ -101,9 +103,10 @@ def record(folders: list[Path]) -> None:
         episodes: dict[int, list[float]] = defaultdict(list)
         rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
         offline = not any(row["env_steps"] for row in rows)  # agents that go online with data count steps there
+        before = config["agent"].get("offline_updates") or 0
         for row in rows:
             if not row["final"] and row["deterministic"]:
-                episodes[row["updates" if offline else "env_steps"]].append(row["return"])
+                episodes[row["env_steps"] or row["updates"] - before].append(row["return"])
         session = run["sessions"][-1]
         final = dict(run["final"])
         if not offline:
@@ -170,8 +173,10 @@ def is_offline(result: dict[str, Any]) -> bool:
 
 def name_of(result: dict[str, Any]) -> str:
     """What an agent is called in tables and legends: its column of the suite, and whether it had data besides."""
-    with_data = " with data" if result["data"] and not is_offline(result) else ""
-    return str(result.get("column", result["algo"])) + with_data
+    name = str(result.get("column", result["algo"]))
+    if is_offline(result) or not result["data"]:
+        return name
+    return name + (" offline, then online" if result["agent"].get("offline_updates") else " with data")
 
 
 def offline_table(files: list[dict[str, Any]]) -> list[str]:

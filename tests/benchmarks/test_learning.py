@@ -69,6 +69,21 @@ def test_seeds_of_one_config_share_a_file(script: ModuleType, tmp_path: Path, re
     assert file["column"] == "iql"
 
 
+def test_curves_of_agents_that_go_online_count_the_updates_before_as_negative(
+    script: ModuleType, tmp_path: Path, results: Path
+) -> None:
+    run = made(tmp_path / "r", "iql", 0, "k", {"offline_updates": 20, "steps": 10})
+    with (run / "eval.jsonl").open("w") as file:
+        for updates, env_steps, value in [(10, 0, 1.0), (20, 0, 2.0), (25, 5, 3.0), (30, 10, 4.0)]:
+            row = {"updates": updates, "env_steps": env_steps, "return": value, "final": False, "deterministic": True}
+            file.write(json.dumps(row) + "\n")
+    script.record([run])
+    file = held(results)
+    assert file["seeds"]["0"]["curve"] == [[-10, 1.0], [0, 2.0], [5, 3.0], [10, 4.0]]
+    assert script.name_of(file) == "iql offline, then online"
+    assert "normalized_score" not in file["seeds"]["0"]["final"]
+
+
 def test_runs_of_other_settings_are_refused(script: ModuleType, tmp_path: Path, results: Path) -> None:
     script.record([made(tmp_path / "a", "iql", 0, "k", {"lr": 1})])
     before = held(results)
