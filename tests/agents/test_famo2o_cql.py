@@ -10,14 +10,12 @@ from agent_helpers import (
     ACT_DIM,
     OBS_DIM,
     Table,
-    as_dataset,
     batch_for,
     differing,
     recorded_inputs,
     silence,
     snapshot,
     tiny,
-    transitions,
 )
 from torch import nn
 
@@ -154,24 +152,6 @@ def test_each_loss_moves_its_own_networks(loss: str) -> None:
     before = snapshot(agent)
     agent.update(batch_for(agent))
     assert {k.split(".")[0] for k in differing(agent, before)} == OWNERS[loss]
-
-
-def test_every_network_sees_z_scored_observations() -> None:
-    """In an update and while acting; the universal policy's six numbers of beta follow them."""
-    agent = famo2o(normalize_obs=True)
-    data = transitions(torch.Generator().manual_seed(5), 500)
-    data = data._replace(obs=data.obs * 20 + 7, next_obs=data.next_obs * 20 + 7)
-    agent.prepare(as_dataset(data))
-    b = data.map(lambda x: x[:32])
-    mean, std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
-    known = [(x - mean) / std for x in (b.obs, b.next_obs)]
-    seen = {name: recorded_inputs(getattr(agent, name)) for name in ("pi", "balance", "q", "q_lagged")}
-    for use in (lambda: agent.update(b), lambda: agent.act(b.obs, False), lambda: agent.act_by(b.obs, b.action)):
-        use()
-        for name, calls in seen.items():
-            for inputs in calls:
-                assert any(torch.allclose(inputs[0][:, :OBS_DIM], z, atol=1e-3) for z in known), name
-    assert all(seen.values())
 
 
 def test_networks_are_those_of_the_official_code() -> None:

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 from agent_helpers import (
-    OBS_DIM,
     Table,
-    as_dataset,
     batch_for,
     differing,
     recorded_inputs,
     silence,
     snapshot,
     tiny,
-    transitions,
 )
 from torch import Tensor, nn
 
@@ -186,21 +183,3 @@ def test_acting_takes_the_balance_policy_s_mode() -> None:
         agent.act(obs, explore)
         beta = agent.span(agent.balanced(obs).mode).detach()
         assert torch.equal(told[-1][0], torch.cat([obs, encoded(beta)], -1))
-
-
-def test_every_network_sees_z_scored_observations() -> None:
-    """In an update and while acting; the universal policy's six numbers of beta follow them."""
-    agent = famo2o(normalize_obs=True)
-    data = transitions(torch.Generator().manual_seed(5), 500)
-    data = data._replace(obs=data.obs * 20 + 7, next_obs=data.next_obs * 20 + 7)
-    agent.prepare(as_dataset(data))
-    b = data.map(lambda x: x[:32])
-    mean, std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
-    known = [(x - mean) / std for x in (b.obs, b.next_obs)]
-    seen = {name: recorded_inputs(getattr(agent, name)) for name in ("pi", "balance", "v", "q", "q_lagged")}
-    for use in (lambda: agent.update(b), lambda: agent.act(b.obs, False), lambda: agent.act_by(b.obs, b.action)):
-        use()
-        for name, calls in seen.items():
-            for inputs in calls:
-                assert any(torch.allclose(inputs[0][:, :OBS_DIM], z, atol=1e-3) for z in known), name
-    assert all(seen.values())
