@@ -356,7 +356,8 @@ def _download_minari(name: str, remote: str | None, progress: Progress) -> Path:
         there = hidden / file.path
         before = done
         if there.is_file() and (file.size is None or there.stat().st_size == file.size):
-            got = hashlib.sha256(there.read_bytes()).hexdigest()
+            with there.open("rb") as f:
+                got = hashlib.file_digest(f, "sha256").hexdigest()
         else:
             got = fetch(file, there, lambda have, _, before=before: progress(before + have, total))  # type: ignore[misc]
         done += there.stat().st_size
