@@ -362,6 +362,8 @@ class _Hdf5Store(_Store):
         self.file, self.keys = file, keys
         self.leaves: list[str] = []
         """Paths of the arrays that make up an observation, as found in the first episode."""
+        self.types: dict[str, Any] = {}
+        """HDF5's and NumPy's type of the last array of a name: translating takes longer than reading a short one."""
 
     def names(self) -> list[str]:
         found = [n for n in self.file if n.startswith("episode_")]
@@ -391,11 +393,15 @@ class _Hdf5Store(_Store):
     def _read(self, node: Any, path: str) -> Array:
         from h5py.h5s import ALL
 
-        out = np.empty(node.shape, node.dtype)
+        stored, name = node.get_type(), path.rpartition("/")[2]
+        known, dtype = self.types.get(name, (None, None))
+        if known != stored:
+            known, dtype = self.types[name] = stored, stored.dtype
+        out = np.empty(node.shape, dtype)
         if out.dtype.kind not in "fiub":
             raise DatasetError(f"{self.data}: {path} holds {out.dtype}, not numbers")
         if out.size:
-            node.read(ALL, ALL, out)
+            node.read(ALL, ALL, out, known)
         return out
 
     def _leaves(self, node: Any, name: str, keys: Sequence[str] | None = None) -> list[str]:

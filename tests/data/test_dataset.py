@@ -104,6 +104,16 @@ def test_minari_dict_observations_in_sorted_key_order(write_minari: Write) -> No
     np.testing.assert_allclose(data.rows.obs[0], gym.spaces.flatten(space, one))  # the order of FlattenObservation
 
 
+def test_minari_arrays_may_change_their_type_between_episodes(write_minari: Write) -> None:
+    """Types are compared, not only looked up by name: the leaves of a Dict share names too."""
+    episodes = [episode(k, 3) for k in range(4)]
+    for k, kind in ((0, np.int64), (1, np.float64), (2, ">f4"), (3, np.bool_)):
+        episodes[k]["rewards"] = np.array([0.0, 1.0, 1.5]).astype(kind)
+    write_minari("toy/set-v0", episodes)
+    data = load_dataset("toy/set-v0")
+    assert data.rows.reward.reshape(4, 3).tolist() == [[0, 1, 1], [0, 1, 1.5], [0, 1, 1.5], [0, 1, 1]]
+
+
 def test_minari_actions_are_mapped_to_the_unit_box(write_minari: Write) -> None:
     space = gym.spaces.Box(np.float32([-0.4, 0]), np.float32([0.4, 2]))
     stored = np.float32([[-0.4, 0], [0, 1], [0.4, 2], [0.2, 0.5]])
