@@ -252,8 +252,10 @@ def resume(
         if steps <= made and (done or steps != settings.agent.steps):
             raise UsageError(f"{folder} has made {made:,} steps already: --steps is the new total, give a larger one")
         plain = settings.plain()
-        plain["agent"]["steps"] = steps
-        settings = resolve(None, [plain])
+        if plain["agent"]["steps"] != steps:
+            plain["agent"]["steps"] = steps
+            settings = resolve(None, [plain])
+            note = {**(note or {}), "config_key": settings.key()}  # what it repeats are runs of that length now
     return _carry_out(settings, folder, resume=True, quiet=quiet, note=note)
 
 

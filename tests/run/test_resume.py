@@ -108,6 +108,8 @@ def test_longer_run_equals_one_that_was_long_from_the_start(tmp_path: Path) -> N
     experiment.resume(tmp_path / "short", 280, quiet=True)
     assert_same(tmp_path / "long", tmp_path / "short")
     assert experiment.read_settings(tmp_path / "short") == long
+    keys = [experiment.read_json(tmp_path / name / "run.json")["config_key"] for name in ("long", "short")]
+    assert keys == [long.key()] * 2  # runs of one key count as repetitions of one experiment
 
 
 def test_finished_run_needs_a_larger_total(tmp_path: Path) -> None:
