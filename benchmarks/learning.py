@@ -103,10 +103,10 @@ def record(folders: list[Path]) -> None:
         episodes: dict[int, list[float]] = defaultdict(list)
         rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
         offline = not any(row["env_steps"] for row in rows)  # agents that go online with data count steps there
-        before = config["agent"].get("offline_updates") or 0
+        on_data = config["agent"].get("offline_updates") or 0  # of an agent that goes on in an environment
         for row in rows:
             if not row["final"] and row["deterministic"]:
-                episodes[row["env_steps"] or row["updates"] - before].append(row["return"])
+                episodes[row["env_steps"] or row["updates"] - on_data].append(row["return"])
         session = run["sessions"][-1]
         final = dict(run["final"])
         if not offline:
@@ -172,7 +172,7 @@ def is_offline(result: dict[str, Any]) -> bool:
 
 
 def name_of(result: dict[str, Any]) -> str:
-    """What an agent is called in tables and legends: its column of the suite, and whether it had data besides."""
+    """What an agent is called in tables and legends: its column, and what data it had before or besides."""
     name = str(result.get("column", result["algo"]))
     if is_offline(result) or not result["data"]:
         return name

@@ -255,7 +255,7 @@ def resume(
         if plain["agent"]["steps"] != steps:
             plain["agent"]["steps"] = steps
             settings = resolve(None, [plain])
-            note = {**(note or {}), "config_key": settings.key()}  # what it repeats are runs of that length now
+            note = {**(note or {}), "config_key": settings.key()}  # runs of one key have one length
     return _carry_out(settings, folder, resume=True, quiet=quiet, note=note)
 
 
