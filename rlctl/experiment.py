@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -680,15 +680,23 @@ def _announce(
     if found.data is not None:
         box = found.data.origin.action_box
         display.say(f"{found.data}, view {found.data.view}" + ("" if box is None else ", actions mapped to [-1, 1]"))
-        low, high = found.data.rows.action.aminmax()
-        far = max(-float(low), float(high))
-        if far > 1 + 1e-5:
-            display.say(
-                f"warning: the dataset has actions outside [-1, 1], up to {far:.4g} in size; no policy acts there "
-                f"(see `rlctl data verify {s.data}`)"
-            )
+        for doubt in _doubts(found.data):
+            display.say(f"warning: {doubt} (see `rlctl data verify {s.data}`)")
     if found.env_id is None:
         display.say(f"no evaluation: {found.no_evaluation}")
+
+
+def _doubts(data: Dataset) -> Iterator[str]:
+    """What makes training on a dataset pointless or misleading, as far as it can be seen at once."""
+    low, high = data.rows.action.aminmax()
+    far = max(-float(low), float(high))
+    if far > 1 + 1e-5:
+        yield f"the dataset has actions outside [-1, 1], up to {far:.4g} in size; no policy acts there"
+    some = slice(None, None, 1 + len(data) // 10_000)
+    goes_on = ~data.rows.terminated[some]
+    copied = (data.rows.next_obs[some] == data.rows.obs[some]).all(1) & goes_on
+    if copied.sum() > 0.5 * goes_on.sum():
+        yield "next_obs is a copy of obs in most rows; nothing can be learnt from such pairs"
 
 
 def _dims(spec: Spec) -> dict[str, int]:

@@ -140,7 +140,7 @@ def info(dataset: Source, episode_len: EpisodeLen = None, json_: Json = False) -
         ["action", f"{found['act_dim']} numbers" + ("" if box is None else f", mapped to [-1, 1] from {_bounds(box)}")],
         ["  lowest", _numbers(found["action_min"])],
         ["  highest", _numbers(found["action_max"])],
-        ["  clipped", f"{found['clipped_actions']:.2%} of all components are at ±1"],
+        ["  clipped", f"{found['clipped_actions']:.2%} of all components are at ±1 or beyond"],
     ]
     if score is not None:
         scale = f"D4RL's scale for {found['score_reference']} (0 random, 100 expert)"

@@ -252,4 +252,5 @@ def check_finite(table: Table, where: str, found: Findings | None = None) -> Non
         if count:
             episode = int(np.searchsorted(table.ends, first, side="right"))
             more = "" if found is None or count == 1 else f", as are those of {count - 1:,} more"
-            complain(found, f"{where}: {name} of transition {first} (episode {episode}) is NaN or infinite{more}")
+            row = f"{name} of transition {first} (episode {episode}) is NaN or infinite{more}"
+            complain(found, f"{where}: {row}: take the episode out or fetch the dataset again")

@@ -24,7 +24,7 @@ from typing import Any
 
 from rlctl.data import d4rl
 from rlctl.data.arrays import DatasetError
-from rlctl.data.minari_files import minari_root, read_metadata
+from rlctl.data.minari_files import MINARI_ID, minari_root, read_metadata
 from rlctl.errors import RlctlError, UsageError
 
 DEFAULT_REMOTE = "hf://farama-minari"
@@ -331,7 +331,7 @@ def _d4rl_file(source: str, path: str) -> RemoteFile:
 
 
 def _download_minari(name: str, remote: str | None, progress: Progress) -> Path:
-    if not re.fullmatch(r"([-\w][-\w/]*[-\w]/)?[-\w]+-v\d+", name):
+    if not MINARI_ID.fullmatch(name):
         raise UsageError(f"'{name}' is neither a D4RL id nor a Minari id (NAMESPACE/NAME-vK)")
     kind, where = _remote(remote)
     root = minari_root()

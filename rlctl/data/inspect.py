@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ CLIPPED = 1 - 1e-4
 """An action component of at least this size counts as clipped."""
 PILE = 3
 """At least so many episodes of exactly the greatest length are what a step limit leaves."""
+OF_A_KIND = 5
+"""Findings of one kind that are listed; the rest is counted."""
 RANGE_FACTOR = 1000.0
 """A reward this many times the 99th percentile of |r| (at least 1) is out of range."""
 
@@ -97,8 +100,8 @@ def verify(
     try:
         table, origin = read(source, episode_len=episode_len, found=found)
     except DatasetError as error:
-        return [_error("file", line) for line in _lengths(file) or [*found, str(error)]]
-    out = [_error("data", line) for line in found]
+        return [_error("file", line) for line in _lengths(file) or folded([*found, str(error)])]
+    out = [_error("data", line) for line in folded(found)]
     out += _successors(table)
     out += _missed_ends(table, origin)
     out += _resets(table)
@@ -107,6 +110,18 @@ def verify(
     out += _rewards(table, reward_range)
     out += _metadata(table, origin, file)
     return sorted(out, key=lambda f: f.level)
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """`lines`; of those that differ in numbers alone the first `OF_A_KIND`, and how many more there are."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(re.sub(r"\d+", "#", line), []).append(line)
+    out = []
+    for kind in kinds.values():
+        shown, more = kind[:OF_A_KIND], len(kind) - OF_A_KIND
+        out += shown if more <= 0 else [*shown[:-1], f"{shown[-1]}; {more:,} more like it"]
+    return out
 
 
 def _lengths(file: Path) -> list[str]:

@@ -22,6 +22,8 @@ from rlctl.data.arrays import Array, DatasetError, Findings, Origin, Table, View
 from rlctl.data.flat_files import check_lengths, open_hdf5
 from rlctl.data.reference import OWN_MARK
 
+MINARI_ID = re.compile(r"([-\w][-\w/]*[-\w]/)?[-\w]+-v\d+")
+"""[NAMESPACE/]NAME-vK."""
 OBS_KEYS = {
     "antmaze": ("achieved_goal", "observation"),
     "kitchen": ("observation",),
@@ -64,6 +66,8 @@ def find_minari(source: str) -> Path:
         for data in (folder / "data", folder):
             if (data / "metadata.json").is_file():
                 return data
+            if (data / "main_data.hdf5").is_file():
+                raise DatasetError(f"{data} has episodes but no metadata.json: fetch or write the dataset again")
     ids = local_ids(root)
     close = difflib.get_close_matches(source, ids, n=3)
     hint = "there is none; MINARI_DATASETS_PATH names another root"
@@ -75,7 +79,7 @@ def find_minari(source: str) -> Path:
     if theirs:
         hint = f"{hint}; " if close else ""
         hint += f"D4RL has {', '.join(theirs)}"
-    public = theirs[0] if theirs else source
+    public = theirs[0] if theirs else source if MINARI_ID.fullmatch(source) else "ID"
     raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {public}` fetches a public one")
 
 
@@ -214,12 +218,11 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
     a = 0
     for name in names:
         e = store.episode(name)
-        t, where = len(e.reward), f"{store.data}: {e.name}"
-        if t == 0:
+        per_step = {"rewards": e.reward, "actions": e.action, "terminations": e.terminated, "truncations": e.truncated}
+        if not any(len(x) for x in per_step.values()):
             continue
-        shapes = {"actions": e.action.shape, "terminations": e.terminated.shape, "truncations": e.truncated.shape}
-        bad = Findings()
-        check_lengths(shapes, t, where, bad)
+        t, where, bad = _steps(e), f"{store.data}: {e.name}", Findings()
+        check_lengths({k: x.shape for k, x in per_step.items()}, t, where, bad)
         for leaf in e.obs:
             check_lengths({"observations": leaf.shape}, t + 1, where, bad)
         terminated = arrays.as_flags(e.terminated, f"{where}: terminations", bad)
@@ -228,6 +231,11 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
             complain(noted if found is not None else None, bad[0])
             noted += bad[1:]
             continue
+        if found is not None and (early := terminated[:-1] | truncated[:-1]).any():
+            noted.append(
+                f"{where}: terminations or truncations are set before its last step, first in step {early.argmax()} of "
+                f"{t}: each is read as the end of an episode"
+            )
         joined = e.obs[0] if len(e.obs) == 1 else np.concatenate([x.reshape(t + 1, -1) for x in e.obs], 1)
         obs, action = joined.reshape(t + 1, -1), e.action.reshape(t, -1)
         if a + t > m:
@@ -253,6 +261,12 @@ def _fill(store: _Store, names: Sequence[str], m: int, found: Findings | None) -
         return _Filled(allocate(0, 0, 0), reward[:0], terminal[:0], timeout[:0], last[:0])
     table = table._replace(**{k: getattr(table, k)[:a] for k in Table._fields[:6]})
     return _Filled(table, reward[:a], terminal[:a], timeout[:a], last[:a])
+
+
+def _steps(e: Episode) -> int:
+    """Steps of an episode: what most of its arrays say, so that one damaged array is found to be the wrong one."""
+    said = [*map(len, (e.reward, e.action, e.terminated, e.truncated)), *(len(leaf) - 1 for leaf in e.obs)]
+    return max(said, key=said.count)
 
 
 def _load_space(text: Any) -> Any:

@@ -190,6 +190,36 @@ def test_every_damaged_episode_is_named(write_minari: Write) -> None:
     assert "metadata: total_steps is 18, the data holds 9" in found[2]
 
 
+def test_the_one_array_that_is_damaged_is_named(write_minari: Write) -> None:
+    main = write_minari("toy/set-v0", EPISODES) / "data/main_data.hdf5"
+    with h5py.File(main, "a") as file:
+        file["episode_3/rewards"].resize(4, 0)
+    found = errors("toy/set-v0")
+    assert "episode_3: rewards has shape (4,), expected 6 rows" in found[0]
+    assert len([f for f in found if "episode_3" in f]) == 1
+
+
+def test_a_fault_of_every_episode_is_counted(write_minari: Write) -> None:
+    main = write_minari("toy/set-v0", [episode(k, 4) for k in range(12)]) / "data/main_data.hdf5"
+    with h5py.File(main, "a") as file:
+        for k in range(1, 12):
+            file[f"episode_{k}/observations"].resize(4, 0)
+    found = [f for f in errors("toy/set-v0") if "observations has shape (4, 3), expected 5 rows" in f]
+    assert [f.split(": episode_")[1][0] for f in found] == ["1", "2", "3", "4", "5"]
+    assert [f.endswith("; 6 more like it") for f in found] == [False, False, False, False, True]
+
+
+def test_an_end_in_the_middle_of_an_episode(write_minari: Write) -> None:
+    main = write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES])
+    with h5py.File(main / "data/main_data.hdf5", "a") as file:
+        file["episode_3/terminations"][2] = True
+    one(
+        "toy/set-v0",
+        "episode_3: terminations or truncations are set before its last step, first in step 2 of 6",
+        "read as the end of an episode",
+    )
+
+
 def test_metadata_that_is_damaged_or_untrue(write_minari: Write) -> None:
     meta = write_minari("toy/set-v0", [e | {"actions": ACTIONS[: len(e["rewards"])]} for e in EPISODES])
     meta = meta / "data/metadata.json"

@@ -59,6 +59,18 @@ def test_a_run_that_was_stopped_knows_its_reward_transform(tmp_path: Path) -> No
     assert experiment.read_json(tmp_path / "run" / "run.json")["reward_transform"] == {"reward": said}
 
 
+def test_successors_that_are_copies_are_warned_of(tmp_path: Path) -> None:
+    for name in ("sound", "copies"):
+        data = hdf5(tmp_path / f"{name}.hdf5")
+        if name == "copies":
+            with h5py.File(data, "r+") as f:
+                f["next_observations"][:] = f["observations"][:]
+        s = settings("td3bc", "Hopper", data, steps=2, **SMALL, run={"eval_every": 0, "final_episodes": 0})
+        experiment.train(s, tmp_path / name)
+        log = (tmp_path / name / "console.log").read_text()
+        assert ("warning: next_obs is a copy of obs in most rows" in log) == (name == "copies")
+
+
 def test_actions_outside_the_box_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = hdf5(tmp_path / "d.hdf5")
     for largest in (1.0, -2.5):
