@@ -79,8 +79,10 @@ def find_minari(source: str) -> Path:
     if theirs:
         hint = f"{hint}; " if close else ""
         hint += f"D4RL has {', '.join(theirs)}"
-    public = theirs[0] if theirs else source if MINARI_ID.fullmatch(source) else "ID"
-    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); `rlctl data download {public}` fetches a public one")
+    public = "`rlctl data list --remote` names the public ones"
+    if theirs or MINARI_ID.fullmatch(source):
+        public = f"`rlctl data download {theirs[0] if theirs else source}` fetches a public one"
+    raise DatasetError(f"no dataset '{source}' in {root} ({hint}); {public}")
 
 
 def read_metadata(data: Path) -> dict[str, Any]:

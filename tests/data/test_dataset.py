@@ -155,7 +155,7 @@ def test_the_config_shipped_for_the_task_a_dataset_names(write_minari: Write, wr
 def test_missing_id_names_the_nearest(write_minari: Write, root: Path) -> None:
     fails("hopper/medium-v0", "there is none; MINARI_DATASETS_PATH")
     fails("hopper-meduim-v2", r"\(D4RL has hopper-medium-v2, .*`rlctl data download hopper-medium-v2`")
-    fails("nosuch", r"`rlctl data download ID` fetches a public one")  # no id that could be downloaded
+    fails("nosuch", r"`rlctl data list --remote` names the public ones")  # no id that could be downloaded
     write_minari("hopper/medium-v0", [episode(0, 2)])
     write_minari("door/human-v2", [episode(0, 2)])
     fails("hopper/medum-v0", r"nearest there: hopper/medium-v0.*rlctl data download")
