@@ -149,7 +149,7 @@ def main() -> None:
         asked = ", ".join(f"{r[key]:.0f}" for key in ("q_data", "q_policy", "q_random") if key in r)
         name = f"{r['column'] or r['algo']}, seed {r['seed']}"
         cells = f"{r['return']:.0f} | {r['q']:.0f} | {r['discounted_return']:.0f} | {r['bias']:+.0f} | {asked}"
-        print(f"| {name} | {r['progress']:,} | {cells} |", flush=True)
+        print(f"| {name} | {r['progress'] or 'under way'} | {cells} |", flush=True)
     write("value-bias", {"episodes": args.episodes, "stochastic": args.stochastic, "rows": rows}, args.out)
 
 
